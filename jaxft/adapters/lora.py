@@ -1,0 +1,112 @@
+"""Low-rank adapters on linear layers: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353).
+
+The weight W stays as it is; beside it stand A [r, in] and B [out, r], and the layer computes W x + s B A x, where
+s is alpha / r, or alpha / sqrt(r) with rsLoRA. DoRA also learns the length m of each row of W + s B A and keeps
+only the direction: m / |W + s B A| * (W + s B A) x.
+
+Layers are stacked, but their adapters need not be alike. Smaller ranks are padded with zeros up to the largest,
+and a layer without adapter has rank 0. The padding takes care of itself: where rows of A and columns of B are both
+zero, so are their gradients.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxft.models.linear import Adapter, Linear, matmul
+from jaxft.quantization.qtensor import QTensor
+from jaxft.sharding.layout import Layout
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Rank and alpha of every layer in a stack (one entry when there is no stack); rank 0: no adapter there."""
+
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    use_rslora: bool = False
+    use_dora: bool = False
+    dropout: float = 0.0
+
+    @property
+    def max_rank(self) -> int:
+        return max(self.ranks)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """s of each layer; 0 where there is no adapter."""
+        return tuple(
+            alpha / (math.sqrt(rank) if self.use_rslora else rank) if rank else 0.0
+            for rank, alpha in zip(self.ranks, self.alphas, strict=True)
+        )
+
+
+class Frozen(nnx.Variable):
+    """A value that an adapter derives from its base and that is not trained."""
+
+
+class LoRA(nnx.Module):
+    """The adapter of one linear layer or of one stack of them.
+
+    `A` [..., r, in], `B` [..., out, r] and, with DoRA, `magnitude` [..., out] are trained, in float32. The products
+    are computed in the dtype of the activations and accumulated in float32.
+    """
+
+    def __init__(
+        self,
+        spec: LoraSpec,
+        A: jax.Array,
+        B: jax.Array,
+        magnitude: jax.Array | None = None,
+        row_squares: jax.Array | None = None,
+        layout_A: Layout | None = None,
+        layout_B: Layout | None = None,
+    ):
+        self.spec = spec
+        self.A, self.B = Adapter(A), Adapter(B)
+        scales = jnp.asarray(spec.scales, jnp.float32)
+        self.scale = Frozen(scales if A.ndim == 3 else scales[0])
+        self.magnitude = nnx.data(Adapter(magnitude) if spec.use_dora else None)
+        self.row_squares = nnx.data(Frozen(row_squares) if spec.use_dora else None)
+        self.layout_A, self.layout_B = layout_A, layout_B
+
+    def __call__(self, linear: Linear, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The adapted product for x [..., in], without the bias: [..., out]."""
+        dropped = x if key is None or self.spec.dropout == 0 else _dropout(x, self.spec.dropout, key)
+        base = linear.product(x)
+        update = self.scale[...].astype(x.dtype) * self._low_rank(dropped)
+        if self.magnitude is None:
+            return base + update
+        gain = self._gain(linear)
+        again = base if dropped is x else linear.product(dropped)
+        return (base + (gain - 1).astype(x.dtype) * again) + gain.astype(x.dtype) * update
+
+    def _low_rank(self, x: jax.Array) -> jax.Array:
+        return matmul(matmul(x, self.A[...], self.layout_A), self.B[...], self.layout_B)
+
+    def _gain(self, linear: Linear) -> jax.Array:
+        """m / |W + s B A| by row, [out] float32, the length taken as a constant (DoRA section 4.3).
+
+        The length is had without forming the sum: |W|² + 2 s W·BA + s² |BA|², each term of rank r. Layers without
+        adapter keep gain 1.
+        """
+        A, B, scale = self.A[...], self.B[...], self.scale[...]
+        across = jnp.sum(linear.product(A).T * B, axis=-1)
+        low_rank = jnp.sum(matmul(B, matmul(A, A)) * B, axis=-1)
+        squares = self.row_squares[...] + 2 * scale * across + scale**2 * low_rank
+        length = jax.lax.stop_gradient(jnp.sqrt(squares))
+        return jnp.where(scale == 0, 1.0, self.magnitude[...] / length)
+
+
+def _dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def row_squares(weight: jax.Array | QTensor) -> jax.Array:
+    """|W|² of each row, float32 [..., out]."""
+    dense = weight.dequantize(jnp.float32) if isinstance(weight, QTensor) else weight.astype(jnp.float32)
+    return jnp.sum(dense * dense, axis=-1)

@@ -1,0 +1,93 @@
+"""Which linear layers get an adapter, and of which size: PEFT's rules, on Hugging Face module names."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+OUTPUT_HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What `adapter_config.json` says of a LoRA, in PEFT's terms.
+
+    Attributes:
+        r, lora_alpha: rank and alpha where no pattern says otherwise.
+        target_modules: names or suffixes of module names; or one regular expression for the whole name; or
+            "all-linear": every linear layer but the output head.
+        rank_pattern, alpha_pattern: regular expression for the end of a module name -> rank, alpha.
+    """
+
+    r: int
+    lora_alpha: float
+    target_modules: Sequence[str] | str = "all-linear"
+    exclude_modules: Sequence[str] | str | None = None
+    layers_to_transform: Sequence[int] | None = None
+    layers_pattern: Sequence[str] | None = None
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def select(self, modules: Iterable[str]) -> list[str]:
+        """The modules that get an adapter.
+
+        Raises:
+            ValueError: nothing matches, or a pattern or a listed name decides nothing; the message lists the names.
+        """
+        modules = list(modules)
+        chosen = [name for name in modules if self._targets(name) and not _matches(self.exclude_modules, name)]
+        if not chosen:
+            raise ValueError(
+                f"target_modules {self.target_modules!r} matches no linear layer; there are: {_summary(modules)}"
+            )
+        if not isinstance(self.target_modules, str):
+            for target in self.target_modules:
+                if not any(_matches([target], name) for name in modules):
+                    raise ValueError(
+                        f"target_modules: {target!r} matches no linear layer; there are: {_summary(modules)}"
+                    )
+        for option in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, option):
+                if not any(_ends_with(pattern, name) for name in chosen):
+                    raise ValueError(f"{option}: {pattern!r} matches none of the targets: {_summary(chosen)}")
+        return chosen
+
+    def rank(self, module: str) -> int:
+        return _lookup(self.rank_pattern, module, self.r)
+
+    def alpha(self, module: str) -> float:
+        return _lookup(self.alpha_pattern, module, self.lora_alpha)
+
+    def _targets(self, name: str) -> bool:
+        if self.target_modules == "all-linear":
+            return name != OUTPUT_HEAD
+        if not _matches(self.target_modules, name):
+            return False
+        if self.layers_to_transform is None or name in self.target_modules:
+            return True
+        containers = "|".join(self.layers_pattern or [r"[^.]+"])
+        layer = re.match(rf".*\.(?:{containers})\.(\d+)\.", name)
+        return layer is not None and int(layer[1]) in self.layers_to_transform
+
+
+def _matches(targets: Sequence[str] | str | None, name: str) -> bool:
+    if targets is None:
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _ends_with(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _lookup(patterns: Mapping[str, float], module: str, default: float) -> float:
+    return next((value for pattern, value in patterns.items() if _ends_with(pattern, module)), default)
+
+
+def _summary(modules: Iterable[str]) -> str:
+    """Module names with layer numbers folded: `model.layers.*.mlp.up_proj`."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in modules))

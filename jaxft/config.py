@@ -1,0 +1,325 @@
+"""The run as one flat, frozen, checked object.
+
+`Config` is the only list of what a run can be told: every key has a type, a default and a line that says what
+it means. Types are strict (12.5 is no integer, "true" is no boolean), an unknown key is an error. What can be
+said in several ways (`adapter: dora` or `use_dora: true`, `load_in_4bit` or `quant_type`) is resolved once,
+here: after validation all spellings agree, and a dumped config loads to an equal one. Files, command lines
+and the names that other trainers use are the business of `jaxft.config_file`.
+
+Paths are relative to the current directory and stay as written. Tokens have no key: the Hugging Face token
+comes from HF_TOKEN or `hf auth login`, and a value that looks like a token or a URL with a login is refused.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+_TOKEN_START = r"\b(?:hf_|gh[oprsu]_|github_pat_|glpat-|sk-|xox[abp]-|AKIA)"
+_IN_URL = r"(?i:://[^/\s]*@|[?&](?:access_token|api_key|key|sig|signature|token|x-amz-signature)=)"
+#: A credential beyond reasonable doubt; no value may hold one.
+SECRET = re.compile(rf"{_TOKEN_START}(?:[a-z0-9]+-)*[A-Za-z0-9]{{16,}}|{_IN_URL}")
+#: What merely starts like one; it may be a value, but no error message repeats it.
+SECRET_LIKE = re.compile(rf"{_TOKEN_START}|{_IN_URL}")
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ConfigError(ValueError):
+    """What is wrong with a config: a line per problem, `file: key: what is wrong (got ...)`."""
+
+
+class YamlDumper(yaml.SafeDumper):
+    """Writes the scalars of YAML 1.2, where 1e-4 is a number and `no` and 2024-01-01 are strings."""
+
+
+def _represent_str(dumper: YamlDumper, text: str) -> yaml.Node:
+    style = (
+        None if text.isprintable() else '"'
+    )  # unquoted, PyYAML writes some line breaks that it reads as others
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+YamlDumper.add_representer(str, _represent_str)
+YamlDumper.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in [
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]{1,300}", "-+0123456789"),  # bounded: int() refuses digits by the thousand
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?[0-9]+[eE][-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("merge", r"<<", "<"),
+]:
+    YamlDumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
+
+
+class _Section(BaseModel):
+    """Strict, closed and frozen; no value is a credential."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        str_min_length=1,
+        hide_input_in_errors=True,
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _hold_no_secret(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            parts = [*value, *value.values()]
+        else:
+            parts = value if isinstance(value, list) else [value]
+        if any(isinstance(part, str) and SECRET.search(part) for part in parts):
+            raise ValueError("holds what looks like a token or a login: take it out, set HF_TOKEN instead")
+        return value
+
+
+class DatasetConfig(_Section):
+    """One source of examples. A bare string stands for `{path: string}`."""
+
+    path: str = Field(description="A file or directory, relative to the current directory, or a hub dataset.")
+    type: Literal["messages", "sharegpt", "alpaca", "completion", "text"] | None = Field(
+        None, description="Format of the examples; null = detect it and say what was found."
+    )
+    split: str | None = Field(None, description="Split of a hub dataset; null = train.")
+    name: str | None = Field(None, description="Subset (configuration) of a hub dataset.")
+    weight: PositiveFloat | None = Field(None, description="Sampling weight, relative to the other sources.")
+    columns: dict[str, str] = Field(
+        {}, description="Expected field -> column of the file, as in {prompt: question, completion: answer}."
+    )
+    max_examples: PositiveInt | None = Field(None, description="Read no more examples than this; null = all.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_bare_path(cls, data: Any) -> Any:
+        return {"path": data} if isinstance(data, str) else data
+
+
+class MeshConfig(_Section):
+    """Devices along each axis; their product is the number of devices."""
+
+    data: int = Field(
+        -1, description="Groups that each hold the whole model and their own rows; -1 = the rest."
+    )
+    fsdp: int = Field(1, description="Devices that split rows and also weights (ZeRO-3); -1 = the rest.")
+    tensor: int = Field(1, description="Devices that split every matrix product; -1 = the rest.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_the_rest_to_one(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "data" not in data and -1 in data.values():
+            return {**data, "data": 1}
+        return data
+
+    @field_validator("*")
+    @classmethod
+    def _count(cls, size: int) -> int:
+        if size < 1 and size != -1:
+            raise ValueError("must be a number of devices, 1 or more, or -1 for the rest")
+        return size
+
+    @model_validator(mode="after")
+    def _one_remainder(self) -> Self:
+        rest = [axis for axis, size in self if size == -1]
+        if len(rest) > 1:
+            raise ValueError(f"only one axis can be -1, not {' and '.join(rest)}")
+        return self
+
+
+class Config(_Section):
+    """Everything a run is told. Frozen; after validation all spellings of one setting agree."""
+
+    # The base model
+    model_name_or_path: str = Field(
+        description="Hugging Face model: a hub name, or a directory relative to the current directory."
+    )
+    model_revision: str | None = Field(None, description="Branch, tag or commit on the hub; null = main.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="Number type of the base and of compute."
+    )
+    load_in_4bit: bool = Field(False, description="Quantize the base to 4 bits, nf4 or as quant_type says.")
+    load_in_8bit: bool = Field(False, description="Quantize the base to 8 bits: int8.")
+    quant_type: Literal["nf4", "int4", "int8"] | None = Field(
+        None, description="Code of the quantized base; enough by itself to quantize; null = as load_in_*."
+    )
+    use_double_quant: bool = Field(False, description="nf4 only: quantize its scales, too.")
+    quant_group_size: PositiveInt = Field(64, multiple_of=2, description="int4 only: weights per scale.")
+
+    # What is trained
+    adapter: Literal["lora", "dora", "none"] = Field(
+        "lora", description="Train low-rank adapters, weight-decomposed ones, or (none) every weight."
+    )
+    use_dora: bool = Field(False, description="The same as adapter: dora.")
+    lora_r: PositiveInt = Field(16, description="Rank of the adapters.")
+    lora_alpha: PositiveFloat = Field(32.0, description="Adapters are scaled by lora_alpha / lora_r.")
+    lora_dropout: Fraction = Field(0.0, description="Probability that an adapter's input is dropped.")
+    lora_target_modules: Annotated[list[str], Field(min_length=1)] | str = Field(
+        "all-linear", description="Modules that get an adapter: a list of names, one regex, or all-linear."
+    )
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(lora_r): steadier at high ranks.")
+    rank_pattern: dict[str, PositiveInt] = Field({}, description="Module name or regex -> its own lora_r.")
+    alpha_pattern: dict[str, PositiveFloat] = Field({}, description="Module name or regex -> own lora_alpha.")
+    adapter_name_or_path: str | None = Field(
+        None, description="PEFT adapter to go on from: a directory, relative to the current directory."
+    )
+
+    # Data
+    datasets: list[DatasetConfig] = Field(min_length=1, description="Sources of training examples.")
+    eval_datasets: list[DatasetConfig] = Field([], description="Sources of held-out examples.")
+    val_set_size: int | float = Field(
+        0, ge=0, description="Examples to hold out of datasets: a number (1 or more) or a fraction (below 1)."
+    )
+    max_length: PositiveInt = Field(2048, description="Tokens in the longest example, and in a packed row.")
+    excess_length_strategy: Literal["drop", "truncate", "raise"] = Field(
+        "drop", description="What happens to an example longer than max_length; the count is reported."
+    )
+    packing: bool = Field(False, description="Several examples to a row; none attends to another.")
+    assistant_only_loss: bool = Field(True, description="Learn the assistant's turns; false = all tokens.")
+    chat_template: str | None = Field(
+        None, description="Name, or .jinja file relative to the current directory; null = the model's own."
+    )
+
+    # Optimization
+    micro_batch_size: PositiveInt = Field(1, description="Rows per data-parallel group per micro-batch.")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="Micro-batches per update.")
+    learning_rate: PositiveFloat = Field(2e-4, description="Peak learning rate, reached when warm-up ends.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled; multiplied by the learning rate.")
+    max_grad_norm: NonNegativeFloat = Field(1.0, description="Clip gradients to this global norm; 0 = never.")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="After warm-up: down to 0 on a half cosine, down to 0 on a line, or flat."
+    )
+    warmup_ratio: Fraction = Field(0.0, description="Warm-up, as a fraction of all updates.")
+    warmup_steps: NonNegativeInt = Field(0, description="Warm-up, as a number of updates.")
+    optim: Annotated[
+        Literal["adamw"],
+        BeforeValidator(lambda v: "adamw" if v in ("adamw_torch", "adamw_torch_fused", "adamw_hf") else v),
+    ] = Field("adamw", description="AdamW; adamw_torch, adamw_torch_fused and adamw_hf mean the same.")
+    adam_beta1: Fraction = Field(0.9, description="Decay per update of the running mean of gradients.")
+    adam_beta2: Fraction = Field(0.999, description="Decay per update of the running mean of their squares.")
+    adam_epsilon: PositiveFloat = Field(1e-8, description="Added to the root of the mean square.")
+    num_train_epochs: PositiveFloat = Field(1.0, description="Passes over the training data, or a fraction.")
+    max_steps: PositiveInt | None = Field(None, description="Number of updates; wins over num_train_epochs.")
+    remat: Literal["none", "full", "dots"] = Field(
+        "full", description="Recompute for the gradient: nothing, each whole layer, all but matrix products."
+    )
+    mesh: MeshConfig = Field(MeshConfig(), description="Devices along the axes data, fsdp and tensor.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Fixes new weights, the order of the data and dropout.")
+    max_nonfinite_steps: PositiveInt = Field(
+        5, description="Abort after so many skipped non-finite updates in a row."
+    )
+
+    # Files, logs and evaluation
+    output_dir: str = Field(description="Where the run writes; relative to the current directory.")
+    resume_from_checkpoint: bool = Field(False, description="Go on from the newest checkpoint in output_dir.")
+    logging_steps: PositiveInt = Field(10, description="Updates between two lines of the log.")
+    eval_steps: PositiveInt | None = Field(None, description="Updates between evaluations; null = an epoch.")
+    save_steps: PositiveInt | None = Field(None, description="Updates between checkpoints; null = the run.")
+    save_total_limit: PositiveInt = Field(2, description="Checkpoints to keep; older ones are deleted.")
+    report_to: Annotated[
+        list[Literal["tensorboard", "wandb", "trackio"]],
+        BeforeValidator(lambda v: [] if v == "none" else [v] if isinstance(v, str) else v),
+    ] = Field([], description="Where metrics go besides the log: a name, a list of names, or none.")
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="Stop after so many evaluations in a row without a lower loss; null = never."
+    )
+    load_best_model_at_end: bool = Field(True, description="Export the weights with the lowest eval loss.")
+    exact_match_samples: NonNegativeInt = Field(
+        0, description="Held-out examples that base and tuned model answer; scored by equality."
+    )
+    max_new_tokens: PositiveInt = Field(128, description="Tokens in the longest generated answer.")
+
+    @property
+    def quantization(self) -> Literal["nf4", "int4", "int8"] | None:
+        """The code of the frozen base, or None where it keeps `dtype`."""
+        return self.quant_type
+
+    def to_yaml(self) -> str:
+        """All keys, resolved, in the order of the schema; loads to an equal config."""
+        return yaml.dump(self.model_dump(), Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
+
+    @field_validator("lora_target_modules")
+    @classmethod
+    def _compile_regex(cls, targets: list[str] | str) -> list[str] | str:
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise ValueError(f"is not a regular expression: {error}") from None
+        return targets
+
+    @field_validator("val_set_size")
+    @classmethod
+    def _tell_number_from_fraction(cls, size: int | float) -> int | float:
+        if isinstance(size, float) and size >= 1:
+            raise ValueError("must be a whole number of examples, or a fraction below 1")
+        return size
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_spellings(cls, data: Any) -> Any:
+        """Add what follows from the spelling given; contradictions are left for `_agree`."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        if data.get("use_dora") is True and data.get("adapter", "lora") == "lora":
+            data["adapter"] = "dora"
+        elif data.get("adapter") == "dora":
+            data.setdefault("use_dora", True)
+        if data.get("quant_type") in ("nf4", "int4"):
+            data.setdefault("load_in_4bit", not data.get("load_in_8bit"))
+        elif data.get("quant_type") == "int8":
+            data.setdefault("load_in_8bit", not data.get("load_in_4bit"))
+        elif data.get("quant_type") is None and data.get("load_in_4bit") is True:
+            data["quant_type"] = "nf4"
+        elif data.get("quant_type") is None and data.get("load_in_8bit") is True:
+            data["quant_type"] = "int8"
+        return data
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if found := list(self._contradictions()):
+            raise ValueError("\n".join(found))
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        held_out = bool(self.eval_datasets or self.val_set_size)
+        load_in = (self.load_in_4bit, self.load_in_8bit)
+        if all(load_in):
+            yield "`load_in_4bit` and `load_in_8bit` are both true; keep one"
+        elif load_in != (self.quant_type in ("nf4", "int4"), self.quant_type == "int8"):
+            flags = "`load_in_4bit` is {} and `load_in_8bit` is {}".format(*(str(x).lower() for x in load_in))
+            yield f"`quant_type` is {self.quant_type}, but {flags}; keep one"
+        if self.use_double_quant and self.quant_type != "nf4":
+            yield "`use_double_quant` belongs to nf4; set `quant_type` to nf4 or drop it"
+        if self.quant_group_size != 64 and self.quant_type != "int4":
+            yield "`quant_group_size` belongs to int4; set `quant_type` to int4 or drop it"
+        if self.use_dora != (self.adapter == "dora"):
+            yield f"`use_dora` is {str(self.use_dora).lower()}, but `adapter` is {self.adapter}; keep one"
+        if self.adapter == "none" and self.quant_type is not None:
+            yield "`adapter` is none, but quantized weights cannot be trained; use lora or do not quantize"
+        if self.adapter == "none" and self.adapter_name_or_path is not None:
+            yield "`adapter` is none, so nothing can go on from `adapter_name_or_path`; drop one of them"
+        if self.eval_datasets and self.val_set_size:
+            yield "`eval_datasets` and `val_set_size` are both given; keep one"
+        if self.warmup_ratio and self.warmup_steps:
+            yield "`warmup_ratio` and `warmup_steps` are both given; keep one"
+        for key in ("early_stopping_patience", "exact_match_samples"):
+            if getattr(self, key) and not held_out:
+                yield f"`{key}` needs held-out examples; give `eval_datasets` or `val_set_size`"

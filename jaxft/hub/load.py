@@ -1,0 +1,183 @@
+"""Read a Hugging Face model directory into a `Decoder`: strictly, one tensor at a time.
+
+Every tensor goes from its memory-mapped bytes to its place on the devices, quantized on the way if asked, before
+the next one is read. Stacks of layers are filled in place, so the host never holds more than one tensor.
+"""
+
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxft.hub.resolve import resolve_model
+from jaxft.hub.safetensors import Checkpoint
+from jaxft.models.config import DecoderConfig, Source
+from jaxft.models.decoder import Decoder, Parameter, Remat, describe, parameters
+from jaxft.models.families import decoder_config
+from jaxft.models.linear import Weight
+from jaxft.models.placement import bind
+from jaxft.quantization.formats import parse_format
+from jaxft.quantization.qtensor import Format, QTensor, quantize
+from jaxft.sharding.layout import layout_of
+
+IGNORED = ("rotary_emb.inv_freq",)
+"""Endings of tensors that old checkpoints carry and that are derived from the config."""
+
+SAMPLE_BYTES = 4096
+
+
+def load_model(
+    path: str | Path,
+    dtype: str = "float32",
+    quantization: str | Format | None = None,
+    mesh: Mesh | None = None,
+    *,
+    revision: str | None = None,
+    remat: Remat = "none",
+) -> Decoder:
+    """A Hugging Face model, ready to run: `model(tokens[B, T] int32) -> logits[B, T, V] float32`.
+
+    Args:
+        path: a model directory or a hub id.
+        dtype: of stored weights and of activations, float32 or bfloat16.
+        quantization: int8, int4 or nf4 for the linear layers except the output head; None keeps `dtype`.
+        mesh: devices to shard over, with axes data, fsdp, tensor (`jaxft.sharding.mesh.make_mesh`).
+        revision: branch, tag or commit of a hub id.
+        remat: see `Decoder`.
+
+    Raises:
+        ValueError: the directory, its config or its tensors are not what they should be; the message names them.
+    """
+    resolved = resolve_model(str(path), revision)
+    config = decoder_config(read_json(resolved.path / "config.json"))
+    checkpoint = Checkpoint.open(resolved.path)
+    check_tensors(checkpoint, config)
+    storage = jnp.dtype(dtype)
+    form = parse_format(quantization) if isinstance(quantization, str) else quantization
+
+    def make(parameter: Parameter) -> Weight:
+        return _place(checkpoint, parameter, storage, form if is_quantized(parameter) else None, mesh)
+
+    model = Decoder(config, make, storage, remat)
+    model.source = Source(str(path), str(resolved.path), resolved.revision, fingerprint(checkpoint))
+    if mesh is not None:
+        bind(model, mesh)
+    return model
+
+
+def is_quantized(parameter: Parameter) -> bool:
+    """Quantization is for the matmuls inside the layers; embedding, output head, norms and biases stay as they are."""
+    return parameter.name.endswith("_proj.weight")
+
+
+def check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
+    """Every tensor of the file is a parameter of the model, and the reverse, with the same shape."""
+    expected = {name: p.shape for p, _ in parameters(describe(config)) for name in p.names}
+    found = {
+        name: checkpoint.info(name).shape
+        for name in checkpoint.names()
+        if not name.endswith(IGNORED) and not (config.tie_word_embeddings and name == "lm_head.weight")
+    }
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    misshapen = [
+        f"{name} is {found[name]}, expected {expected[name]}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(found[name]) != expected[name]
+    ]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+        for kind, names in (
+            ("missing from the files", missing),
+            ("unknown to the model", unknown),
+            ("of another shape", misshapen),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{checkpoint.directory}: tensors do not fit config.json; " + "; ".join(problems))
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Identifies the weights without reading all of them: three samples from each tensor, its start, middle and end."""
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint.names()):
+        info = checkpoint.info(name)
+        digest.update(f"{name} {info.dtype} {info.shape}".encode())
+        flat = checkpoint.read(name).reshape(-1).view("uint8")
+        middle = flat.size // 2
+        for part in (flat[:SAMPLE_BYTES], flat[middle : middle + SAMPLE_BYTES], flat[-SAMPLE_BYTES:]):
+            digest.update(part.tobytes())
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: the file is missing, is not JSON, or is not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; a model directory holds a {path.name}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _place(
+    checkpoint: Checkpoint, parameter: Parameter, dtype: jnp.dtype, form: Format | None, mesh: Mesh | None
+) -> Weight:
+    spec = None
+    if mesh is not None:
+        spec = layout_of(parameter.name, parameter.shape, mesh, form.block_in if form else 1).stored
+    if parameter.layers is None:
+        return _encode(_read(checkpoint, parameter.names[0], mesh, spec), dtype, form, mesh, spec)
+    stack = None
+    for index, name in enumerate(parameter.names):
+        value = _encode(_read(checkpoint, name, mesh, spec), dtype, form, mesh, spec)
+        if stack is None:
+            stack = _empty_stack(value, len(parameter.names), mesh, spec)
+        stack = jax.block_until_ready(_write(stack, value, jnp.int32(index)))
+        checkpoint.release(name)
+    return stack
+
+
+def _read(checkpoint: Checkpoint, name: str, mesh: Mesh | None, spec: P | None) -> jax.Array:
+    """The tensor as stored in the file; with a mesh each device reads its own part."""
+    if mesh is None:
+        return jnp.asarray(checkpoint.read(name))
+    return jax.make_array_from_callback(
+        checkpoint.info(name).shape, NamedSharding(mesh, spec), lambda index: checkpoint.read(name, index)
+    )
+
+
+@partial(jax.jit, static_argnames=("dtype", "form", "mesh", "spec"))
+def _encode(x: jax.Array, dtype: jnp.dtype, form: Format | None, mesh: Mesh | None, spec: P | None) -> Weight:
+    return _cut(quantize(x, form) if form else x.astype(dtype), mesh, spec)
+
+
+@partial(jax.jit, static_argnames=("count", "mesh", "spec"))
+def _empty_stack(value: Weight, count: int, mesh: Mesh | None, spec: P | None) -> Weight:
+    stack = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), value)
+    return _cut(stack, mesh, None if spec is None else P(None, *spec))
+
+
+@partial(jax.jit, donate_argnames="stack")
+def _write(stack: Weight, value: Weight, index: jax.Array) -> Weight:
+    return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, index, 0), stack, value)
+
+
+def _cut(value: Weight, mesh: Mesh | None, spec: P | None) -> Weight:
+    if mesh is None:
+        return value
+    specs = value.specs(spec, mesh) if isinstance(value, QTensor) else spec
+    return jax.lax.with_sharding_constraint(value, jax.tree.map(partial(NamedSharding, mesh), specs))

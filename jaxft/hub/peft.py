@@ -1,0 +1,262 @@
+"""Read and write PEFT adapter directories: `adapter_config.json` and `adapter_model.safetensors`.
+
+PEFT itself ignores tensors it does not know and only warns of those it misses; here every key must fit a module and
+every selected module must have its keys. What a `LoraConfig` cannot say (biases, saved modules, initialisations that
+change the base) is refused.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxft.adapters.attach import Factors, attach_factors, factors_of, sites
+from jaxft.adapters.targets import OUTPUT_HEAD, LoraConfig
+from jaxft.hub.load import read_json
+from jaxft.hub.safetensors import Checkpoint, write_safetensors
+from jaxft.models.decoder import Decoder
+
+CONFIG_FILE, TENSOR_STEM = "adapter_config.json", "adapter_model"
+PREFIX = "base_model.model."
+FINGERPRINT = "jaxft_base_fingerprint"
+HEAD_COPY = f"{PREFIX}{OUTPUT_HEAD}.base_layer.weight"
+"""PEFT adds the unchanged output head to an adapter that targets it."""
+_PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
+
+_HARMLESS_INIT = (True, False, None, "gaussian", "orthogonal", "eva")
+_UNSUPPORTED = (
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "lora_bias",
+    "fan_in_fan_out",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "arrow_config",
+)
+
+
+def load_adapter(model: Decoder, directory: str | Path, *, check_base: bool = True) -> Decoder:
+    """The model with the adapter of a PEFT directory on it (LoRA, rsLoRA, DoRA, rank and alpha patterns).
+
+    Args:
+        model: the base, with or without quantization, without adapter.
+        directory: holds adapter_config.json and adapter_model.safetensors.
+        check_base: refuse an adapter that records another base's fingerprint (adapters written here do).
+
+    Raises:
+        ValueError: the adapter does not fit the model, or uses something unsupported.
+    """
+    directory = Path(directory)
+    config = read_adapter_config(directory)
+    checkpoint = Checkpoint.open(directory, stem=TENSOR_STEM)
+    if check_base:
+        _check_base(model, checkpoint, directory)
+    shapes = {name: tuple(shape) for site in sites(model) for name, shape in _module_shapes(site)}
+    try:
+        selected = config.select(shapes)
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG_FILE}: {error}") from error
+    found = _group_keys(checkpoint, directory, config)
+    _compare_modules(directory, set(found), set(selected), set(shapes))
+    _check_head_copy(model, checkpoint, directory)
+    factors = {}
+    for module, parts in found.items():
+        factors[module] = Factors(**{part: np.asarray(checkpoint.read(key), np.float32) for part, key in parts.items()})
+        _check_shapes(directory, module, factors[module], config.rank(module), shapes[module])
+    return attach_factors(model, config, factors)
+
+
+def read_adapter_config(directory: Path) -> LoraConfig:
+    """The part of adapter_config.json that decides anything; refuses what cannot be honoured."""
+    path = directory / CONFIG_FILE
+    raw = read_json(path)
+    if raw.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type is {raw.get('peft_type')!r}; only LORA adapters are supported")
+    for option in _UNSUPPORTED:
+        if raw.get(option):
+            raise ValueError(f"{path}: {option}={raw[option]!r} is not supported; merge this adapter with PEFT instead")
+    if raw.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias={raw['bias']!r} is not supported: the base's biases stay frozen")
+    if raw.get("init_lora_weights", True) not in _HARMLESS_INIT:
+        raise ValueError(
+            f"{path}: init_lora_weights={raw['init_lora_weights']!r} changes the base's weights; convert the adapter "
+            "to plain LoRA first (in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+        )
+    if not raw.get("target_modules"):
+        raise ValueError(f"{path}: target_modules is missing")
+    return LoraConfig(
+        r=raw.get("r", 8),
+        lora_alpha=raw.get("lora_alpha", 8),
+        target_modules=raw["target_modules"],
+        exclude_modules=raw.get("exclude_modules"),
+        layers_to_transform=_as_list(raw.get("layers_to_transform")),
+        layers_pattern=_as_list(raw.get("layers_pattern")),
+        lora_dropout=raw.get("lora_dropout") or 0.0,
+        use_rslora=bool(raw.get("use_rslora")),
+        use_dora=bool(raw.get("use_dora")),
+        rank_pattern=raw.get("rank_pattern") or {},
+        alpha_pattern=raw.get("alpha_pattern") or {},
+    )
+
+
+def save_adapter(model: Decoder, directory: str | Path) -> Path:
+    """Write the model's adapter as a PEFT directory, in float32. Returns the directory.
+
+    Raises:
+        ValueError: the model carries no adapter.
+    """
+    factors = factors_of(model)
+    if not factors:
+        raise ValueError("the model carries no adapter to save")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for module, parts in factors.items():
+        for suffix, part in _PARTS.items():
+            if (value := getattr(parts, part)) is not None:
+                tensors[f"{PREFIX}{module}.{suffix}"] = value
+    metadata = {"format": "pt"}
+    if model.source is not None:
+        metadata[FINGERPRINT] = model.source.fingerprint
+    write_safetensors(directory / f"{TENSOR_STEM}.safetensors", tensors, lambda name: tensors[name], metadata)
+    text = json.dumps(_adapter_config(model, factors), indent=2, sort_keys=True) + "\n"
+    temporary = directory / f".{CONFIG_FILE}.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, directory / CONFIG_FILE)
+    return directory
+
+
+def _adapter_config(model: Decoder, factors: dict[str, Factors]) -> dict[str, Any]:
+    """The settings from which PEFT rebuilds this adapter: the commonest rank and alpha, patterns for the others."""
+    ranks, alphas = {}, {}
+    for site in sites(model):
+        lora = site.linear.adapter
+        if lora is None:
+            continue
+        spec = lora.spec
+        for module, rank, alpha in zip(site.modules, spec.ranks, spec.alphas, strict=True):
+            if rank:
+                ranks[module], alphas[module] = rank, alpha
+    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    source = model.source
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None if source is None else source.name,
+        "revision": None if source is None else source.revision,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": spec.dropout,
+        "target_modules": _target_modules(model, set(factors)),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {re.escape(module): rank for module, rank in ranks.items() if rank != r},
+        "alpha_pattern": {re.escape(module): _plain(value) for module, value in alphas.items() if value != alpha},
+        "use_rslora": spec.use_rslora,
+        "use_dora": spec.use_dora,
+        "lora_bias": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_parameters": None,
+        "trainable_token_indices": None,
+    }
+
+
+def _target_modules(model: Decoder, adapted: set[str]) -> list[str]:
+    """Short names where every linear layer of that name is adapted, whole module names elsewhere."""
+    by_name: dict[str, list[str]] = {}
+    for site in sites(model):
+        for module in site.modules:
+            by_name.setdefault(module.rsplit(".", 1)[-1], []).append(module)
+    targets = []
+    for name, modules in by_name.items():
+        present = [module for module in modules if module in adapted]
+        targets.extend([name] if len(present) == len(modules) else present)
+    return targets
+
+
+def _group_keys(checkpoint: Checkpoint, directory: Path, config: LoraConfig) -> dict[str, dict[str, str]]:
+    """module -> part -> tensor name; every key must be understood, every module complete."""
+    found: dict[str, dict[str, str]] = {}
+    strange = []
+    for key in checkpoint.names():
+        if key == HEAD_COPY:
+            continue
+        suffix = next((suffix for suffix in _PARTS if key.endswith(f".{suffix}")), None)
+        if suffix is None or not key.startswith(PREFIX):
+            strange.append(key)
+        else:
+            found.setdefault(key[len(PREFIX) : -len(suffix) - 1], {})[_PARTS[suffix]] = key
+    if strange:
+        raise ValueError(
+            f"{directory}: tensors that are no part of a LoRA on linear layers: {', '.join(sorted(strange)[:6])} "
+            f"(expected {PREFIX}<module>.lora_A.weight and .lora_B.weight)"
+        )
+    wanted = {"A", "B", "magnitude"} if config.use_dora else {"A", "B"}
+    for module, parts in found.items():
+        if set(parts) != wanted:
+            raise ValueError(
+                f"{directory}: {module} has {', '.join(sorted(parts.values()))}, "
+                f"expected {', '.join(sorted(wanted))} (use_dora is {config.use_dora})"
+            )
+    return found
+
+
+def _compare_modules(directory: Path, found: set[str], selected: set[str], known: set[str]) -> None:
+    for names, problem in (
+        (found - known, "the adapter has tensors for modules that the model has not"),
+        (selected - found, "adapter_config.json selects modules that have no tensors"),
+        ((found & known) - selected, "the adapter has tensors that adapter_config.json does not select"),
+    ):
+        if names:
+            shown = sorted(names)
+            raise ValueError(f"{directory}: {problem}: {', '.join(shown[:6])}{', ...' if len(shown) > 6 else ''}")
+
+
+def _module_shapes(site) -> list[tuple[str, tuple[int, int]]]:
+    return [(module, site.linear.weight.get_value().shape[-2:]) for module in site.modules]
+
+
+def _check_shapes(directory: Path, module: str, factors: Factors, rank: int, shape: tuple[int, int]) -> None:
+    out_features, in_features = shape
+    expected = {"A": (rank, in_features), "B": (out_features, rank), "magnitude": (out_features,)}
+    for part, value in factors._asdict().items():
+        if value is not None and value.shape != expected[part]:
+            raise ValueError(
+                f"{directory}: {module}: {part} is {value.shape}, expected {expected[part]}: "
+                "the adapter was made for another base, or its config gives another rank"
+            )
+
+
+def _check_base(model: Decoder, checkpoint: Checkpoint, directory: Path) -> None:
+    recorded = checkpoint.metadata.get(FINGERPRINT)
+    if recorded and model.source is not None and recorded != model.source.fingerprint:
+        raise ValueError(
+            f"{directory}: the adapter was trained on other weights than {model.source.name} "
+            "(fingerprints differ); pass check_base=False if the difference is meant"
+        )
+
+
+def _check_head_copy(model: Decoder, checkpoint: Checkpoint, directory: Path) -> None:
+    if HEAD_COPY in checkpoint.names():
+        weight = np.asarray(model.head.weight.get_value())
+        if not np.array_equal(checkpoint.read(HEAD_COPY).astype(weight.dtype), weight):
+            raise ValueError(f"{directory}: {HEAD_COPY} is not the base's output head: made for another base")
+
+
+def _as_list(value: Any) -> list | None:
+    return value if value is None or isinstance(value, list) else [value]
+
+
+def _plain(alpha: float) -> float | int:
+    return int(alpha) if float(alpha).is_integer() else alpha

@@ -1,0 +1,545 @@
+"""Model weights on disk: safetensors files read by byte range, sharded checkpoints, and a streaming writer.
+
+A file is an 8-byte little-endian length, that many bytes of JSON, and one buffer. The JSON gives the dtype,
+shape and byte range of each tensor; the ranges tile the buffer exactly. Files come from strangers, so the
+header is checked in full before a tensor is looked at, and a file of another kind is called by its name.
+
+Reading is a view into a memory map: a slice costs the pages it lies on, and `release` gives them back.
+Writing holds one tensor at a time. Either way the host never needs room for the whole model.
+
+Format: https://github.com/huggingface/safetensors#format; the writer checks its header by the reader's rules.
+"""
+
+import contextlib
+import difflib
+import json
+import math
+import mmap
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO, Protocol, Self
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import ArrayLike
+
+DTYPES: Mapping[str, np.dtype] = MappingProxyType(
+    {
+        "F64": np.dtype(np.float64),
+        "F32": np.dtype(np.float32),
+        "F16": np.dtype(np.float16),
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+        "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+        "I64": np.dtype(np.int64),
+        "I32": np.dtype(np.int32),
+        "I16": np.dtype(np.int16),
+        "I8": np.dtype(np.int8),
+        "U64": np.dtype(np.uint64),
+        "U32": np.dtype(np.uint32),
+        "U16": np.dtype(np.uint16),
+        "U8": np.dtype(np.uint8),
+        "BOOL": np.dtype(np.bool_),
+    }
+)
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+_MAX_INT = 2**63 - 1  # what an array can address
+_MAX_DIMENSIONS = 64  # what numpy can hold
+_PIECE = 64 << 20  # bytes made contiguous at a time when writing
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})  # as every Hugging Face tool writes it
+
+
+class SafetensorsError(ValueError):
+    """Weights that cannot be read, or cannot be written as asked."""
+
+
+class ArraySpec(Protocol):
+    """Anything with a dtype and a shape: an array, a `jax.ShapeDtypeStruct`, a `TensorInfo`."""
+
+    @property
+    def dtype(self) -> Any: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file, which holds it in bytes `begin` to `end`, row-major, little-endian."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+class SafetensorsFile:
+    """A safetensors file, checked and memory-mapped read-only.
+
+    Views outlive `close`: it drops the file's own hold, and the memory is unmapped with the last view. The
+    file must not be truncated in place meanwhile; replacing it by a rename is safe.
+
+    Raises:
+        SafetensorsError: the file breaks the format, or is something else; the text says which.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        with open(self.path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(1024)
+            length = int.from_bytes(head[:8], "little")
+            if length > _MAX_HEADER or head[8:9] != b"{":
+                raise SafetensorsError(f"{self.path}: {_what_it_is(self.path, head)}")
+            file.seek(8)
+            header = file.read(length)
+            if len(header) < length:
+                raise SafetensorsError(f"{self.path}: {_truncated(8 + length, size)}")
+            try:
+                self.tensors, self.metadata = _parse_header(header, size)
+            except SafetensorsError as error:
+                raise SafetensorsError(f"{self.path}: {error}") from None
+            self._map: mmap.mmap | None = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._map = None
+
+    def info(self, name: str) -> TensorInfo:
+        """Where `name` lies; a `SafetensorsError` with the nearest names if it is not in the file."""
+        if name not in self.tensors:
+            raise SafetensorsError(f"{self.path}: {_no_such_tensor(name, self.tensors)}")
+        return self.tensors[name]
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The tensor `name`, or its part `index` as numpy slices it: a read-only view, no bytes copied.
+
+        The view may be unaligned, as the format promises no alignment.
+        """
+        info, mapped = self.info(name), self._mapped()
+        whole = np.frombuffer(mapped, np.uint8, info.nbytes, info.begin).view(info.dtype).reshape(info.shape)
+        return whole if index is None else whole[(*index, ...)]
+
+    def release(self, name: str) -> None:
+        """Drop the tensor's pages from this process's memory; views stay valid and fault them in again."""
+        info = self.info(name)
+        begin = info.begin - info.begin % mmap.PAGESIZE
+        if info.nbytes:
+            self._mapped().madvise(mmap.MADV_DONTNEED, begin, info.end - begin)
+
+    def _mapped(self) -> mmap.mmap:
+        if self._map is None:
+            raise SafetensorsError(f"{self.path}: read after close")
+        return self._map
+
+
+def _parse_header(header: bytes, size: int) -> tuple[Mapping[str, TensorInfo], Mapping[str, str]]:
+    """The tensors, in the order of their data, and the metadata of a file of `size` bytes."""
+    entries = _strict_json(header)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise SafetensorsError("__metadata__ must map strings to strings")
+    end = 8 + len(header)
+    tensors = {name: _tensor_info(name, entry, end) for name, entry in entries.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
+    for name, info in tensors.items():
+        if info.begin != end:
+            fault = "overlaps the data" if info.begin < end else "leaves a hole after the data"
+            raise SafetensorsError(f"tensor {name!r:.99} {fault} of the tensor before it")
+        end = info.end
+    if end > size:
+        raise SafetensorsError(_truncated(end, size))
+    if end < size:
+        raise SafetensorsError(f"{size - end} bytes lie after the last tensor; download it again")
+    return MappingProxyType(tensors), MappingProxyType(metadata)
+
+
+def _tensor_info(name: str, entry: object, start: int) -> TensorInfo:
+    where = f"tensor {name!r:.99}"
+    if not name or not name.isprintable() or ".." in name or "\\" in name or name[0] in "/~":
+        raise SafetensorsError(f"{where}: not an acceptable name")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise SafetensorsError(f"{where}: must have dtype, shape and data_offsets, and nothing else")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise SafetensorsError(f"{where}: dtype {code!r:.99} is not one of {', '.join(DTYPES)}")
+    if not _is_int_list(shape, range(_MAX_DIMENSIONS + 1)):
+        raise SafetensorsError(f"{where}: shape {shape!r:.99} is not a list of up to {_MAX_DIMENSIONS} sizes")
+    if not _is_int_list(offsets, (2,)):
+        raise SafetensorsError(f"{where}: data_offsets {offsets!r:.99} are not two positions")
+    dtype, (begin, end) = DTYPES[code], offsets
+    extent = math.prod(size for size in shape if size) * dtype.itemsize
+    if extent > _MAX_INT:
+        raise SafetensorsError(f"{where}: shape {shape!r:.99} is too large for any array")
+    nbytes = 0 if 0 in shape else extent
+    if end - begin != nbytes:
+        raise SafetensorsError(
+            f"{where}: {code} {shape} takes {nbytes} bytes, data_offsets hold {end - begin}"
+        )
+    return TensorInfo(dtype, tuple(shape), start + begin, start + end)
+
+
+def _is_int_list(value: object, lengths: Container[int]) -> bool:
+    return isinstance(value, list) and len(value) in lengths and all(type(item) is int for item in value)
+
+
+def _strict_json(text: bytes) -> dict[str, Any]:
+    """A JSON object of UTF-8 text, natural numbers and no key twice, at any depth."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise SafetensorsError(f"key {twice!r:.99} appears twice")
+        for string in (*result.keys(), *result.values()):
+            if isinstance(string, str):
+                string.encode()  # refuses the lone surrogates that a \ud800 escape makes
+        return result
+
+    def natural(digits: str) -> int:
+        if len(digits) > 19 or digits[0] == "-" or int(digits) > _MAX_INT:
+            raise SafetensorsError(f"{digits:.30} is not a size or position")
+        return int(digits)
+
+    try:
+        parsed = json.loads(text.decode(), object_pairs_hook=unique, parse_int=natural)
+    except SafetensorsError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise SafetensorsError(f"not valid JSON ({error})") from None
+    if not isinstance(parsed, dict):
+        raise SafetensorsError("not a JSON object")
+    return parsed
+
+
+def _truncated(expected: int, size: int) -> str:
+    return f"truncated: the header promises {expected} bytes, the file has {size}; download it again"
+
+
+def _no_such_tensor(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+    return f"no tensor {name!r}; the nearest names are {', '.join(nearest) or '(none: it is empty)'}"
+
+
+def _what_it_is(path: Path, head: bytes) -> str:
+    """What a file that is no safetensors file is, by its first bytes, and what to do about it."""
+    text = head.lstrip().lower()
+    if not head:
+        return "an empty file: the download failed; download it again"
+    if not head.strip(b"\0"):
+        return "begins with zeros: the download was not finished; download it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the weights: run `git lfs pull` in that clone, or use `hf download`"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "an HTML page, not the weights (a login or error page was saved): use `hf download`"
+    if text.startswith((b"{", b"[")):
+        return "JSON text, not the weights (a server's error message, or an index): download the file itself"
+    if head.startswith(b"GGUF"):
+        return "a GGUF file (llama.cpp): download the model's safetensors weights instead"
+    if head.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05][^\0]", head):
+        stem = path.stem.removeprefix("pytorch_")
+        return f"a PyTorch pickle, whatever its name says. {_conversion([path.name], stem)}"
+    return f"not a safetensors file (it begins with {head[:16]!r}), or damaged: download it again"
+
+
+def _conversion(pickles: list[str], stem: str) -> str:
+    return f"""Loading a pickle can run any code, so it is never loaded here.
+If you trust its source, convert it once with PyTorch, in its directory:
+
+    import torch
+    from safetensors.torch import save_file
+    state = {{}}
+    for name in {pickles!r}:
+        state |= torch.load(name, map_location="cpu", weights_only=True)
+    state = {{name: tensor.clone().contiguous() for name, tensor in state.items()}}
+    save_file(state, {stem + ".safetensors"!r}, metadata={{"format": "pt"}})
+"""
+
+
+class Checkpoint:
+    """The tensors of a model directory, whichever file holds each, and the metadata of all files."""
+
+    def __init__(self, directory: Path, files: Sequence[SafetensorsFile]):
+        self.directory = directory
+        self.metadata = {key: value for file in files for key, value in file.metadata.items()}
+        self._files = files
+        self._holder = {name: file for file in files for name in file.tensors}
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str], stem: str = "model") -> Self:
+        """The checkpoint `STEM.safetensors`, or `STEM.safetensors.index.json` with the shards that it names.
+
+        Where there is an index, it decides. A `STEM.safetensors` that it does not name is a second set of
+        weights, and nobody can know which was meant: an error.
+
+        Raises:
+            SafetensorsError: no weights, two sets of them, only pickles, a damaged file, or an index that is
+                not exactly what its shards hold.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise SafetensorsError(f"{directory}: no such directory")
+        present = sorted(entry.name for entry in directory.iterdir())
+        single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+        if index in present:
+            by_shard = _read_index(directory / index)
+            if single in present and single not in by_shard:
+                raise SafetensorsError(
+                    f"{directory}: holds two sets of weights, {single} and those of {index}; remove one"
+                )
+        elif single in present:
+            by_shard = {single: None}
+        else:
+            raise SafetensorsError(f"{directory}: {_no_weights(present, stem)}")
+        files = []
+        for shard, expected in by_shard.items():
+            if not (directory / shard).is_file():
+                raise SafetensorsError(f"{directory / shard}: no such file (a download not finished?)")
+            files.append(SafetensorsFile(directory / shard))
+            if expected is not None:
+                _compare_keys(files[-1], expected, index)
+        return cls(directory, files)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def names(self) -> tuple[str, ...]:
+        """All names, shard by shard, in the order of their data."""
+        return tuple(self._holder)
+
+    def info(self, name: str) -> TensorInfo:
+        return self._file(name).info(name)
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """As `SafetensorsFile.read`."""
+        return self._file(name).read(name, index)
+
+    def release(self, name: str) -> None:
+        """As `SafetensorsFile.release`."""
+        self._file(name).release(name)
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._holder:
+            raise SafetensorsError(f"{self.directory}: {_no_such_tensor(name, self._holder)}")
+        return self._holder[name]
+
+
+def _read_index(path: Path) -> dict[str, set[str]]:
+    """shard -> names of its tensors."""
+    try:
+        if path.stat().st_size > _MAX_HEADER:
+            raise SafetensorsError(f"larger than {_MAX_HEADER} bytes")
+        weight_map = _strict_json(path.read_bytes()).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise SafetensorsError("has no weight_map from tensor names to shards")
+        by_shard: dict[str, set[str]] = {}
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+                raise SafetensorsError(
+                    f"{name!r:.99}: {shard!r:.99} is not the bare name of a safetensors file"
+                )
+            by_shard.setdefault(shard, set()).add(name)
+    except SafetensorsError as error:
+        raise SafetensorsError(f"{path}: {error}") from None
+    return dict(sorted(by_shard.items()))
+
+
+def _compare_keys(file: SafetensorsFile, expected: set[str], index: str) -> None:
+    missing, extra = expected - file.tensors.keys(), file.tensors.keys() - expected
+    if missing or extra:
+        raise SafetensorsError(
+            f"{file.path} and {index} disagree: only the index has {_a_few(missing)}; "
+            f"only the shard has {_a_few(extra)}. Download both again"
+        )
+
+
+def _a_few(names: Collection[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(sorted(names)[:5]) or "nothing") + more
+
+
+def _no_weights(present: list[str], stem: str) -> str:
+    index = f"{stem}.safetensors.index.json"
+    if pickles := [name for name in present if stem in name and name.endswith(_PICKLES)]:
+        return f"holds its weights only as pickles. {_conversion(pickles, stem)}"
+    if shards := [name for name in present if _belongs(name, stem)]:
+        return f"holds the shards {_a_few(shards)} without {index}; download it as well"
+    return (
+        f"holds neither {stem}.safetensors nor {index}, but {_a_few(present)}. "
+        "A model published only as GGUF or as pickles has to be converted to safetensors first"
+    )
+
+
+def _belongs(name: str, stem: str) -> bool:
+    return re.fullmatch(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name) is not None
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    specs: Mapping[str, ArraySpec],
+    produce: Callable[[str], ArrayLike],
+    metadata: Mapping[str, str] = _METADATA,
+) -> None:
+    """Write the tensors that `specs` describes, in its order, asking `produce` for one after the other.
+
+    `write_safetensors(path, arrays, arrays.__getitem__)` writes a dict of arrays. Whatever an array's strides
+    and byte order, the file is row-major and little-endian. It appears at `path` complete and synced to disk,
+    replacing what was there; after an error `path` is as it was and nothing else is left.
+
+    Raises:
+        SafetensorsError: a name, dtype or metadata that the format cannot hold; a produced array of another
+            dtype or shape than announced; not enough disk.
+    """
+    path = Path(path)
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, spec in specs.items():
+        code = _CODES.get(_native(spec.dtype))
+        if code is None:
+            raise SafetensorsError(f"{path}: tensor {name!r}: the format has no dtype {spec.dtype}")
+        end = offset + _nbytes(spec)
+        entries[name] = {"dtype": code, "shape": list(map(int, spec.shape)), "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    header += b" " * (-len(header) % 8)
+    size = 8 + len(header) + offset
+    try:
+        if len(header) > _MAX_HEADER:
+            raise SafetensorsError(f"a header of {len(header)} bytes exceeds {_MAX_HEADER}; use shards")
+        _parse_header(header, size)
+    except SafetensorsError as error:
+        raise SafetensorsError(f"{path}: cannot be written: {error}") from None
+    _require_space(path.parent, size)
+    with _atomic(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name, spec in specs.items():
+            try:
+                _write_array(file, spec, produce(name))
+            except SafetensorsError as error:
+                raise SafetensorsError(f"{path}: tensor {name!r}: {error}") from None
+
+
+def write_checkpoint(
+    directory: str | os.PathLike[str],
+    specs: Mapping[str, ArraySpec],
+    produce: Callable[[str], ArrayLike],
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    stem: str = "model",
+    metadata: Mapping[str, str] = _METADATA,
+) -> list[Path]:
+    """Write a checkpoint into an existing directory and return its files; `specs` and `produce` as above.
+
+    One `STEM.safetensors` if `max_shard_bytes` holds all, else `STEM-00001-of-0000N.safetensors` and an
+    index, as transformers names them; a tensor beyond the limit is a shard of its own. The files appear when
+    all are written, the index last; an error while writing leaves none. Weights that `directory` already
+    holds under `stem` are an error: beside new ones, nobody could tell which count.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise SafetensorsError(f"{directory}: no such directory")
+    if stale := [entry.name for entry in directory.iterdir() if _belongs(entry.name, stem)]:
+        raise SafetensorsError(f"{directory}: already holds {_a_few(stale)}; remove them or choose another")
+    if not specs:
+        raise SafetensorsError(f"{directory}: a checkpoint of no tensors")
+    shards: list[dict[str, ArraySpec]] = [{}]
+    room = max_shard_bytes
+    for name, spec in specs.items():
+        if shards[-1] and _nbytes(spec) > room:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][name] = spec
+        room -= _nbytes(spec)
+    total = sum(map(_nbytes, specs.values()))
+    _require_space(directory, total)
+    names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [f"{stem}.safetensors"]
+    with tempfile.TemporaryDirectory(prefix=f".{stem}.", suffix=".tmp", dir=directory) as stage:
+        for name, shard in zip(names, shards, strict=True):
+            write_safetensors(Path(stage, name), shard, produce, metadata)
+        if len(shards) > 1:
+            weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            names.append(f"{stem}.safetensors.index.json")
+            with _atomic(Path(stage, names[-1])) as file:
+                file.write(json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")
+        for name in names:
+            os.replace(Path(stage, name), directory / name)
+    _sync_directory(directory)
+    return [directory / name for name in names]
+
+
+def _write_array(file: BinaryIO, spec: ArraySpec, produced: ArrayLike) -> None:
+    """Row-major little-endian bytes, made a piece at a time: a strided array is never copied whole."""
+    array, dtype = np.asarray(produced), _native(spec.dtype)
+    if array.shape != tuple(spec.shape) or _native(array.dtype) != dtype:
+        raise SafetensorsError(f"announced as {dtype} {spec.shape}, produced as {array.dtype} {array.shape}")
+    array = np.atleast_1d(array)
+    rows = max(1, _PIECE * len(array) // max(1, array.nbytes))
+    for start in range(0, len(array), rows):
+        piece = np.ascontiguousarray(array[start : start + rows], dtype=dtype)
+        file.write(piece.reshape(-1).view(np.uint8))
+
+
+def _native(dtype: Any) -> np.dtype:
+    return np.dtype(dtype).newbyteorder("=")
+
+
+def _nbytes(spec: ArraySpec) -> int:
+    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+
+
+def _require_space(directory: Path, size: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if size > free:
+        raise SafetensorsError(f"{directory}: {size} bytes are to be written, the disk has {free} free")
+
+
+@contextlib.contextmanager
+def _atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file that comes to be at `path` complete and synced, or not at all."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,95 @@
+"""Write a model as a Hugging Face directory: weights, config, tokenizer, chat template, generation settings."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.adapters.attach import sites
+from jaxft.hub.load import read_json
+from jaxft.hub.safetensors import write_checkpoint
+from jaxft.models.decoder import Decoder, Parameter, parameters
+from jaxft.quantization.qtensor import QTensor
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
+"""What a model directory holds beside config and weights."""
+
+
+def save_model(
+    model: Decoder, directory: str | Path, dtype: str | None = None, *, max_shard_bytes: int = 5_000_000_000
+) -> Path:
+    """Write a model that transformers loads. Returns the directory.
+
+    Config, tokenizer, template and generation settings are copied from the directory the model was read from.
+
+    Args:
+        model: without adapter (`jaxft.merge_adapter` first) and without quantization.
+        directory: new or empty of weights.
+        dtype: of the weights written, float32, bfloat16 or float16; each tensor's own when absent.
+        max_shard_bytes: size of one file.
+
+    Raises:
+        ValueError: an adapter or quantized weights, no source directory, or weights already there.
+    """
+    for site in sites(model):
+        if site.linear.adapter is not None:
+            raise ValueError("the model carries an adapter: merge it first, or write it with save_adapter")
+        if isinstance(site.linear.weight.get_value(), QTensor):
+            raise ValueError(f"{site.modules[0]} is quantized; load the model without quantization to write it")
+    if model.source is None:
+        raise ValueError("the model was not read from a directory; there is no config and no tokenizer to write")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    values = _by_name(model)
+    specs = {
+        name: jax.ShapeDtypeStruct(parameter.shape, jnp.dtype(dtype or array.dtype))
+        for name, (parameter, array, _) in values.items()
+    }
+
+    def produce(name: str) -> np.ndarray:
+        _, array, index = values[name]
+        return np.asarray(array if index is None else array[index]).astype(specs[name].dtype)
+
+    write_checkpoint(directory, specs, produce, max_shard_bytes=max_shard_bytes)
+    source = Path(model.source.path)
+    config = read_json(source / "config.json")
+    written = {str(spec.dtype) for spec in specs.values()}
+    if len(written) == 1:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = written.pop()
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_companions(source, directory)
+    return directory
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copy tokenizer, template and generation settings."""
+    for name in COMPANIONS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, directory / name, dirs_exist_ok=True)
+        elif (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+
+
+def _by_name(model: Decoder) -> dict[str, tuple[Parameter, jax.Array, int | None]]:
+    """Hugging Face tensor name -> its declaration, the array that holds it, and its place in the stack."""
+    result = {}
+    for parameter, variable in parameters(model):
+        for index, name in enumerate(parameter.names):
+            result[name] = parameter, variable.get_value(), None if parameter.layers is None else index
+    return result

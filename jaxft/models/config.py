@@ -1,0 +1,110 @@
+"""What a decoder is made of, as data.
+
+A family (Llama, Qwen, ...) is a point in the space spanned by `DecoderConfig`; the decoder itself has no
+family names in it. What may differ from layer to layer is a `LayerSpec`. Layers with the same spec are stacked
+and scanned: `layer_groups` turns any sequence of specs into few groups, each a short pattern repeated many times.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: base frequency and context-extension method.
+
+    `type` and `parameters` are those of Hugging Face's `rope_parameters`
+    (default, linear, dynamic, yarn, longrope, llama3); `max_positions` is `max_position_embeddings`.
+    """
+
+    theta: float
+    dim: int
+    max_positions: int
+    type: str = "default"
+    parameters: tuple[tuple[str, object], ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """The directory a model was read from: what is needed to write it out again, and to notice when it changed.
+
+    Attributes:
+        name: as the user gave it: a hub id or a path. It becomes PEFT's `base_model_name_or_path`.
+        path: the directory.
+        revision: the commit it was downloaded at, for a hub id.
+        fingerprint: identifies the weights (`jaxft.hub.load.fingerprint`).
+    """
+
+    name: str
+    path: str
+    revision: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What may differ between layers. `window`: a query sees the last `window` keys, itself included."""
+
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers `start .. start + len(pattern) * repeats`: the pattern, repeated."""
+
+    start: int
+    pattern: tuple[LayerSpec, ...]
+    repeats: int
+
+    def layers_at(self, position: int) -> range:
+        """Indices in the model of the layers stacked at a position of the pattern."""
+        period = len(self.pattern)
+        return range(self.start + position, self.start + period * self.repeats, period)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and switches of a decoder-only transformer. Names follow Hugging Face where they agree."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layers: tuple[LayerSpec, ...]
+    rope: Rope
+    norm_eps: float
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+
+    @cached_property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        return layer_groups(self.layers)
+
+
+def layer_groups(layers: tuple[LayerSpec, ...]) -> tuple[LayerGroup, ...]:
+    """Cover the layers with repeated patterns, each time taking the pattern that covers most, shortest first.
+
+    >>> a, b = LayerSpec(), LayerSpec(window=4)
+    >>> [(g.start, len(g.pattern), g.repeats) for g in layer_groups((a, a, b, a, a, b, a))]
+    [(0, 3, 2), (6, 1, 1)]
+    """
+    groups, start = [], 0
+    while start < len(layers):
+        best_period, best_repeats = 1, 1
+        for period in range(1, (len(layers) - start) // 2 + 1):
+            pattern = layers[start : start + period]
+            repeats = 1
+            while layers[start + repeats * period : start + (repeats + 1) * period] == pattern:
+                repeats += 1
+            if repeats > 1 and period * repeats > best_period * best_repeats:
+                best_period, best_repeats = period, repeats
+        groups.append(LayerGroup(start, layers[start : start + best_period], best_repeats))
+        start += best_period * best_repeats
+    return tuple(groups)

@@ -1,0 +1,318 @@
+"""The decoder: every supported family is this module under another `DecoderConfig`.
+
+Its tree is named as Hugging Face names it (`model.layers.self_attn.q_proj.weight`), with one difference: layers
+that share a spec are stacked on a leading axis and scanned, so compile time does not grow with depth.
+`model.layers[g][p]` holds the layers at position p of the pattern of group g (see `layer_groups`).
+
+Axes: B batch, T tokens, S cache slots, D hidden, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from jaxft.models.attention import Attention, LayerCache, Slots
+from jaxft.models.config import DecoderConfig, LayerSpec, Source
+from jaxft.models.linear import Linear, Weight, matmul
+from jaxft.models.mlp import MLP
+from jaxft.models.norms import RMSNorm
+from jaxft.models.rope import rotary_angles
+from jaxft.sharding.layout import Layout
+
+Remat = Literal["none", "full", "dots"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One array of the model as it is declared: `name` without layer numbers, `shape` without the layer axis."""
+
+    name: str
+    shape: tuple[int, ...]
+    layers: range | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The Hugging Face tensors it consists of, in stacking order."""
+        return stacked_names(self.name, self.layers)
+
+    @property
+    def stacked_shape(self) -> tuple[int, ...]:
+        return self.shape if self.layers is None else (len(self.layers), *self.shape)
+
+
+Make = Callable[[Parameter], Weight]
+"""Gives the value of a declared parameter: reads it, draws it, or only describes its shape."""
+
+
+def stacked_names(name: str, layers: range | None) -> tuple[str, ...]:
+    if layers is None:
+        return (name,)
+    return tuple(name.replace("model.layers.", f"model.layers.{i}.", 1) for i in layers)
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers, stacked like the layers themselves, for rows of up to S tokens."""
+
+    layers: list[list[LayerCache]]  # [group][position], [repeats, B, S, K, H] each
+    segments: jax.Array  # [B, S] int32; -1 where nothing has been written
+    length: jax.Array  # tokens written, int32 scalar
+
+
+class Layer(nnx.Module):
+    """Pre-norm residual block: attention, then feed-forward."""
+
+    def __init__(self, config: DecoderConfig, spec: LayerSpec, make: Callable[..., Weight]):
+        c = config
+
+        def linear(name: str, features_out: int, features_in: int, bias: bool) -> Linear:
+            return Linear(
+                make(f"{name}.weight", features_out, features_in), make(f"{name}.bias", features_out) if bias else None
+            )
+
+        def norm(name: str, size: int) -> RMSNorm:
+            return RMSNorm(make(f"{name}.weight", size), c.norm_eps)
+
+        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.input_layernorm = norm("input_layernorm", c.hidden_size)
+        self.self_attn = Attention(
+            c,
+            q_proj=linear("self_attn.q_proj", q_size, c.hidden_size, c.qkv_bias),
+            k_proj=linear("self_attn.k_proj", kv_size, c.hidden_size, c.qkv_bias),
+            v_proj=linear("self_attn.v_proj", kv_size, c.hidden_size, c.qkv_bias),
+            o_proj=linear("self_attn.o_proj", c.hidden_size, q_size, c.o_bias),
+            q_norm=norm("self_attn.q_norm", c.head_dim) if c.qk_norm else None,
+            k_norm=norm("self_attn.k_norm", c.head_dim) if c.qk_norm else None,
+            window=spec.window,
+        )
+        self.post_attention_layernorm = norm("post_attention_layernorm", c.hidden_size)
+        self.mlp = MLP(
+            gate_proj=linear("mlp.gate_proj", c.intermediate_size, c.hidden_size, c.mlp_bias),
+            up_proj=linear("mlp.up_proj", c.intermediate_size, c.hidden_size, c.mlp_bias),
+            down_proj=linear("mlp.down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias),
+            activation=c.activation,
+        )
+
+    def __call__(
+        self,
+        h: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        slots: Slots,
+        cache: LayerCache | None,
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+        mixed, cache = self.self_attn(self.input_layernorm(h), angles, slots, cache, attention_key)
+        h = h + mixed
+        return h + self.mlp(self.post_attention_layernorm(h), mlp_key), cache
+
+
+class Embedding(nnx.Module):
+    """Rows of `weight` [V, D]."""
+
+    def __init__(self, weight: jax.Array):
+        self.weight = nnx.Param(weight)
+        self.layout: Layout | None = None
+
+    def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        weight = self.weight[...]
+        if self.layout is not None:
+            weight = jax.lax.with_sharding_constraint(weight, self.layout.sharding(self.layout.gathered))
+        return jnp.take(weight, tokens, axis=0).astype(dtype)
+
+    def product(self, h: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        """h Wᵀ, for an output head that shares the embedding's weight."""
+        return matmul(h, self.weight[...], self.layout, out_dtype)
+
+
+class Body(nnx.Module):
+    """What Hugging Face calls `model`: embedding, stacked layers, final norm."""
+
+    def __init__(self, config: DecoderConfig, make: Make):
+        self.embed_tokens = Embedding(
+            make(Parameter("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)))
+        )
+
+        def layer(spec: LayerSpec, layers: range) -> Layer:
+            return Layer(config, spec, lambda name, *shape: make(Parameter(f"model.layers.{name}", shape, layers)))
+
+        self.layers = nnx.List(
+            nnx.List(layer(spec, group.layers_at(position)) for position, spec in enumerate(group.pattern))
+            for group in config.groups
+        )
+        self.norm = RMSNorm(make(Parameter("model.norm.weight", (config.hidden_size,))), config.norm_eps)
+
+
+class Decoder(nnx.Module):
+    """A causal language model.
+
+    Args:
+        config: what it is made of.
+        make: gives the value of each declared parameter.
+        dtype: of activations; parameters are cast to it where they are used.
+        remat: what the backward pass recomputes: `none` keeps everything, `full` keeps layer inputs only, `dots`
+            keeps the results of matmuls.
+    """
+
+    def __init__(self, config: DecoderConfig, make: Make, dtype: jnp.dtype, remat: Remat = "none"):
+        self.model = Body(config, make)
+        head = Parameter("lm_head.weight", (config.vocab_size, config.hidden_size))
+        self.lm_head = nnx.data(None if config.tie_word_embeddings else Linear(make(head)))
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+        self.activations: NamedSharding | None = None
+        self.source: Source | None = None
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits [B, T, V] float32 for tokens [B, T] int32; the arguments are those of `hidden`."""
+        return self.unembed(self.hidden(tokens, positions, segments, key))
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Final hidden states [B, T, D], normalised.
+
+        Args:
+            tokens: [B, T] int32.
+            positions: [B, T] int32 for rotary embedding; 0, 1, 2, ... when absent.
+            segments: [B, T] int32: tokens see their own segment only; 0 is padding. One segment when absent.
+            key: turns on adapter dropout.
+        """
+        slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        h, _ = self._run(tokens, positions, Slots(slots, slots, segments, segments), None, key)
+        return h
+
+    def extend(
+        self, cache: Cache, tokens: jax.Array, positions: jax.Array, segments: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Write the next tokens [B, T] into the cache; their final hidden states [B, T, D] and the new cache."""
+        query = cache.length + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        written = jax.lax.dynamic_update_slice(cache.segments, segments, (jnp.int32(0), cache.length))
+        slots = Slots(query, jnp.arange(cache.segments.shape[1], dtype=jnp.int32), segments, written)
+        h, layers = self._run(tokens, positions, slots, cache.layers, None)
+        return h, Cache(layers, written, cache.length + tokens.shape[1])
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """Room for `length` tokens in each of `batch` rows."""
+        c = self.config
+
+        def stack(repeats: int) -> LayerCache:
+            shape = (repeats, batch, length, c.num_kv_heads, c.head_dim)
+            return LayerCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+        layers = [[stack(group.repeats) for _ in group.pattern] for group in c.groups]
+        return Cache(layers, jnp.full((batch, length), -1, jnp.int32), jnp.int32(0))
+
+    @property
+    def head(self) -> Linear | Embedding:
+        """What turns hidden states into logits; the embedding itself where the two are tied."""
+        return self.model.embed_tokens if self.lm_head is None else self.lm_head
+
+    def unembed(self, h: jax.Array) -> jax.Array:
+        """Logits [..., V] float32 of hidden states [..., D]."""
+        return project(self.head, h)
+
+    def _run(self, tokens, positions, slots, caches, key):
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        angles = rotary_angles(self.config.rope, positions)
+        h = self._constrained(self.model.embed_tokens(tokens, self.dtype))
+        new_caches = []
+        for index, (group, stacks) in enumerate(zip(self.config.groups, self.model.layers, strict=True)):
+
+            def pattern(h, per_repeat):
+                layers, layer_caches, layer_key = per_repeat
+                new = []
+                for position, layer in enumerate(layers):
+                    drop = None if layer_key is None else jax.random.fold_in(layer_key, position)
+                    layer_cache = None if layer_caches is None else layer_caches[position]
+                    h, layer_cache = layer(h, angles, slots, layer_cache, drop)
+                    h = self._constrained(h)
+                    new.append(layer_cache)
+                return h, new
+
+            keys = None if key is None else jax.random.split(jax.random.fold_in(key, index), group.repeats)
+            cache = None if caches is None else caches[index]
+            h, new_cache = jax.lax.scan(_rematerialised(pattern, self.remat), h, (list(stacks), cache, keys))
+            new_caches.append(new_cache)
+        return self.model.norm(h), new_caches
+
+    def _constrained(self, h: jax.Array) -> jax.Array:
+        return h if self.activations is None else jax.lax.with_sharding_constraint(h, self.activations)
+
+
+def project(head: Linear | Embedding, h: jax.Array) -> jax.Array:
+    """Logits [..., V] float32 of hidden states [..., D]."""
+    if isinstance(head, Linear) and head.adapter is not None:
+        return head(h).astype(jnp.float32)
+    return head.product(h, jnp.dtype("float32"))
+
+
+def _rematerialised(function: Callable, remat: Remat) -> Callable:
+    match remat:
+        case "none":
+            return function
+        case "full":
+            return jax.checkpoint(function)
+        case "dots":
+            return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    raise ValueError(f"remat is {remat!r}; choose none, full or dots")
+
+
+def describe(config: DecoderConfig, dtype: jnp.dtype = jnp.float32) -> Decoder:
+    """The model without memory: every parameter is a `jax.ShapeDtypeStruct`."""
+    return Decoder(config, lambda parameter: jax.ShapeDtypeStruct(parameter.stacked_shape, dtype), dtype)
+
+
+def initialize(config: DecoderConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32, scale: float = 0.02) -> Decoder:
+    """A model to train from scratch: weights drawn from N(0, scale²), biases zero, norms one. float32 storage."""
+
+    def draw(parameter: Parameter) -> jax.Array:
+        nonlocal key
+        shape = parameter.stacked_shape
+        if parameter.name.endswith("bias"):
+            return jnp.zeros(shape, jnp.float32)
+        if len(parameter.shape) == 1:
+            return jnp.ones(shape, jnp.float32)
+        key, subkey = jax.random.split(key)
+        return scale * jax.random.normal(subkey, shape, jnp.float32)
+
+    return Decoder(config, draw, dtype)
+
+
+def modules(model: Decoder) -> Iterator[tuple[str, range | None, nnx.Module]]:
+    """Every module with its name, without layer numbers, and the layers it stacks (None: not stacked)."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Module) and path:
+            yield *_locate(model, path), node
+
+
+def parameters(model: Decoder) -> Iterator[tuple[Parameter, nnx.Param]]:
+    """Every parameter of the base with its declaration; adapters are not among them."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Param):
+            name, layers = _locate(model, path)
+            shape = node.get_value().shape
+            yield Parameter(name, shape if layers is None else shape[1:], layers), node
+
+
+def _locate(model: Decoder, path: tuple) -> tuple[str, range | None]:
+    name = ".".join(part for part in path if isinstance(part, str))
+    if path[:2] != ("model", "layers") or len(path) < 4:
+        return name, None
+    return name, model.config.groups[path[2]].layers_at(path[3])

@@ -1,0 +1,98 @@
+"""The only matmul with weights in the model, and where a frozen base meets its adapter.
+
+`matmul` dispatches on its weight: an array, or a `QTensor` that it dequantizes. Its backward pass starts again
+from the stored weight. Left to autodiff, every dequantized weight would be saved for the backward pass, which
+costs exactly the memory that quantization was to save. The same holds for sharded weights: what is saved is the
+shard, gathered (as codes, when quantized) once in the forward and once in the backward pass.
+"""
+
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxft.quantization.qtensor import QTensor
+from jaxft.sharding.layout import Layout
+
+Weight = jax.Array | QTensor
+
+
+class Adapter(nnx.Variable):
+    """Marks the variables that adapters add to a frozen base: `nnx.split(model, Adapter, ...)` separates them."""
+
+
+class LinearAdapter(Protocol):
+    """What a linear layer may carry beside its weight: gives x Wᵀ, adapted, for the linear it sits on."""
+
+    def __call__(self, linear: "Linear", x: jax.Array, key: jax.Array | None) -> jax.Array: ...
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(
+    x: jax.Array, weight: Weight, layout: Layout | None = None, out_dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """x [..., in] times weight [out, in], transposed: [..., out], accumulated in float32.
+
+    Args:
+        x: its dtype is the dtype of the operands; the weight is cast to it.
+        weight: an array, or a `QTensor`, which has no gradient.
+        layout: how the weight is sharded.
+        out_dtype: of the result; x's when absent.
+    """
+    y = _contract(x, _ready(weight, x.dtype, layout), (x.ndim - 1,), (1,))
+    return y.astype(out_dtype or x.dtype)
+
+
+def _forward(x, weight, layout, out_dtype):
+    return matmul(x, weight, layout, out_dtype), (x, weight)
+
+
+def _backward(layout, out_dtype, residuals, dy):
+    x, weight = residuals
+    dy = dy.astype(x.dtype)
+    dx = _contract(dy, _ready(weight, x.dtype, layout), (dy.ndim - 1,), (0,)).astype(x.dtype)
+    if isinstance(weight, QTensor):
+        return dx, None
+    rows = tuple(range(x.ndim - 1))
+    return dx, _contract(dy, x, rows, rows).astype(weight.dtype)
+
+
+matmul.defvjp(_forward, _backward)
+
+
+def _contract(a: jax.Array, b: jax.Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -> jax.Array:
+    """Contract without transposing either operand: XLA's CPU and GPU kernels take the layouts as they are."""
+    return jax.lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _ready(weight: Weight, dtype: jnp.dtype, layout: Layout | None) -> jax.Array:
+    """The weight as the matmul needs it. Codes are gathered before they are dequantized, never after."""
+    if isinstance(weight, QTensor):
+        if layout is not None:
+            shardings = jax.tree.map(layout.sharding, weight.specs(layout.gathered, layout.mesh))
+            weight = jax.lax.with_sharding_constraint(weight, shardings)
+        return weight.dequantize(dtype)
+    if layout is not None:
+        weight = jax.lax.with_sharding_constraint(weight, layout.sharding(layout.gathered))
+    return weight.astype(dtype)
+
+
+class Linear(nnx.Module):
+    """y = x Wᵀ + b, and what its adapter makes of it. `weight` is [..., out, in] as in Hugging Face and PEFT."""
+
+    def __init__(self, weight: Weight, bias: jax.Array | None = None):
+        self.weight = nnx.Param(weight)
+        self.bias = nnx.data(None if bias is None else nnx.Param(bias))
+        self.adapter: LinearAdapter | None = nnx.data(None)
+        self.layout: Layout | None = None
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """x [..., in] -> [..., out]. `key` turns on the adapter's dropout."""
+        y = self.product(x) if self.adapter is None else self.adapter(self, x, key)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    def product(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        """x Wᵀ, without bias or adapter."""
+        return matmul(x, self.weight.get_value(), self.layout, out_dtype)

@@ -1,0 +1,27 @@
+"""The gated feed-forward block (arXiv 2002.05202): down(act(gate(x)) * up(x))."""
+
+from functools import partial
+
+import jax
+from flax import nnx
+
+from jaxft.models.linear import Linear
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class MLP(nnx.Module):
+    def __init__(self, gate_proj: Linear, up_proj: Linear, down_proj: Linear, activation: str):
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        self.activation = activation
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """x [..., D] -> [..., D]."""
+        keys = [None] * 3 if key is None else jax.random.split(key, 3)
+        gate = ACTIVATIONS[self.activation](self.gate_proj(x, keys[0]))
+        return self.down_proj(gate * self.up_proj(x, keys[1]), keys[2])

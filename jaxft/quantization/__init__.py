@@ -1,0 +1,1 @@
+"""Quantized storage of frozen linear weights: `qtensor` holds them, one module per codec fills them."""

@@ -1,0 +1,60 @@
+"""4-bit NormalFloat: sixteen levels at the quantiles of a normal distribution, one scale to 64 columns.
+
+The format of QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3; levels in appendix E).
+Where rows are whole blocks, codes and scales equal those of bitsandbytes bit for bit. For other widths
+bitsandbytes lets blocks run on from one row into the next; here each row ends in a short block of its own,
+so that rows can be sharded. It then costs up to one more scale per row and is never less accurate for it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.quantization import blocks, nested
+from jaxft.quantization.qtensor import QTensor
+
+LEVELS = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+_MIDPOINTS = (LEVELS[:-1] + LEVELS[1:]) / np.float32(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class NF4:
+    """uint4 codes, indices into LEVELS; scales `[..., out, ceil(in / 64)]`; w = LEVELS[code] * absmax.
+
+    The scales are the f32 absmax of the blocks or, with `double_quant`, their 8-bit codes (see `nested`).
+    """
+
+    double_quant: bool = False
+    block_in = 64
+
+    def encode(self, w: jax.Array) -> QTensor:
+        absmax = blocks.absmax(w, self.block_in)
+        x = w.astype(jnp.float32) * blocks.spread(blocks.reciprocal(absmax), self.block_in, w.shape[-1])
+        codes = sum((x > middle).astype(jnp.int32) for middle in _MIDPOINTS).astype(jnp.uint4)
+        if self.double_quant:
+            return QTensor(codes, *nested.encode(absmax), format=self)
+        return QTensor(codes, absmax, format=self)
+
+    def decode(self, q: QTensor) -> jax.Array:
+        absmax = nested.decode(q.scales, q.nested_absmax, q.nested_offset) if self.double_quant else q.scales
+        return _levels(q.codes) * blocks.spread(absmax, self.block_in, q.shape[-1])
+
+
+def _levels(codes: jax.Array) -> jax.Array:
+    """LEVELS[codes], as a tree of selects on the four bits: it fuses where a gather may not."""
+    codes = codes.astype(jnp.int32)
+    values = list(LEVELS)
+    for bit in range(4):
+        is_set = (codes >> bit) & 1 == 1
+        values = [jnp.where(is_set, odd, even) for even, odd in zip(values[::2], values[1::2], strict=True)]
+    return values[0]

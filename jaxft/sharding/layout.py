@@ -1,0 +1,83 @@
+"""Where each weight lies on the mesh, by rules over parameter names.
+
+Projections into the heads and the hidden layer are cut over `tensor` by rows, those out of them by columns, so
+that a block needs one reduction; `fsdp` cuts the storage further and is gathered where the weight is used.
+A dimension must divide evenly, a quantized one in whole blocks, so every kind of weight has several layouts in
+order of preference, and the first that fits is taken.
+"""
+
+from dataclasses import dataclass
+
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxft import rules
+
+_TENSOR_FSDP = ("tensor", "fsdp")
+_ROWS = ((_TENSOR_FSDP, None), ("tensor", "fsdp"))
+_COLUMNS = (("fsdp", "tensor"), (None, _TENSOR_FSDP), *_ROWS)
+_WHOLE = ()
+
+PREFERENCES = (
+    (r"(q|k|v|gate|up)_proj\.weight$", _ROWS),
+    (r"(o|down)_proj\.weight$", _COLUMNS),
+    (r"(embed_tokens|lm_head)\.weight$", (*_ROWS, (None, _TENSOR_FSDP))),
+    (r"(q|k|v|gate|up)_proj\.bias$", (("tensor",),)),
+    (r"(o|down)_proj\.bias$", _WHOLE),
+    (r"norm\.weight$", _WHOLE),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight is cut: `stored` between steps, `gathered` where it is used. Neither counts a layer axis."""
+
+    mesh: Mesh
+    stored: P
+
+    @property
+    def gathered(self) -> P:
+        return P(*(_without_fsdp(axes) for axes in self.stored))
+
+    def sharding(self, spec: P) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    def stacked(self, spec: P) -> NamedSharding:
+        """For an array with a layer axis in front, which is never cut."""
+        return NamedSharding(self.mesh, P(None, *spec))
+
+
+def layout_of(name: str, shape: tuple[int, ...], mesh: Mesh, block: int = 1) -> Layout:
+    """The first preferred layout whose cuts divide the shape.
+
+    Args:
+        name: dotted parameter name, without layer numbers.
+        shape: without the layer axis.
+        mesh: axes data, fsdp, tensor.
+        block: how many columns of a quantized weight belong together.
+    """
+    preferences = rules.assign(PREFERENCES, [name], may_be_idle=True)[name]
+    for spec in preferences:
+        if all(_divides(shape[axis], ways(mesh, axes), block if axis else 1) for axis, axes in enumerate(spec)):
+            return Layout(mesh, P(*spec))
+    return Layout(mesh, P(*(None,) * len(shape)))
+
+
+def _divides(size: int, parts: int, block: int) -> bool:
+    return parts == 1 or size % (parts * block) == 0
+
+
+def ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """Into how many parts the given mesh axes cut a dimension."""
+    if axes is None:
+        return 1
+    total = 1
+    for axis in (axes,) if isinstance(axes, str) else axes:
+        total *= mesh.shape[axis]
+    return total
+
+
+def _without_fsdp(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    if isinstance(axes, tuple):
+        return tuple(axis for axis in axes if axis != "fsdp") or None
+    return None if axes == "fsdp" else axes

@@ -1,0 +1,43 @@
+"""The device mesh: `data` replicates the model, `fsdp` cuts its storage, `tensor` cuts its computation."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices. Axes left out have size 1; one axis may be -1 and takes the devices that remain.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    unknown = set(sizes) - set(AXES)
+    if unknown:
+        raise ValueError(f"mesh: unknown axes {sorted(unknown)}; known: {', '.join(AXES)}")
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise ValueError(f"mesh: sizes are positive, or -1 on at most one axis; got {dict(sizes)}")
+    fixed = math.prod(size for size in shape if size != -1)
+    if -1 in shape:
+        shape[shape.index(-1)] = len(devices) // fixed
+    if math.prod(shape) != len(devices):
+        described = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+        raise ValueError(f"mesh: {described} is {math.prod(shape)} devices, but there are {len(devices)}")
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Rows over data and fsdp, everything else whole; `leading` axes (accumulation) stand before the rows."""
+    return NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

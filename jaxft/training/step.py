@@ -1,0 +1,119 @@
+"""One update as a pure function: state and batch in, new state and metrics out.
+
+Axes: A micro-batches, B rows, T tokens.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxft.models.decoder import Decoder, project
+from jaxft.objectives.cross_entropy import cross_entropy, next_token_targets
+from jaxft.training.state import Partition, Trained, TrainState
+
+
+class Batch(NamedTuple):
+    """Rows of tokens; with leading axes [B, T], or [A, B, T] for a whole update."""
+
+    tokens: jax.Array  # int32
+    loss_mask: jax.Array  # bool: this token is to be predicted
+    segments: jax.Array  # int32: which example of the row; 0 is padding
+    positions: jax.Array  # int32, from 0 in each example
+
+
+class Metrics(NamedTuple):
+    """What an update reports; `loss` is the mean over `supervised` tokens, before the update."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    supervised: jax.Array
+    tokens: jax.Array
+    finite: jax.Array
+
+
+def loss_sum(
+    model: Decoder, trained_type: type[nnx.Variable], batch: Batch, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Summed cross-entropy of a batch [B, T] and the number of tokens it was summed over."""
+    hidden = model.hidden(batch.tokens, batch.positions, batch.segments, key)
+    targets, weights = next_token_targets(batch.tokens, batch.loss_mask, batch.segments)
+    graph, trained, frozen = nnx.split(model.head, trained_type, ...)
+
+    def unembed(trained, frozen, h):
+        return project(nnx.merge(graph, trained, frozen), h)
+
+    total = cross_entropy(unembed, trained, frozen, hidden, targets, weights, model.config.vocab_size)
+    return total, weights.sum()
+
+
+def make_train_step(
+    partition: Partition, trained_type: type[nnx.Variable], optimizer: optax.GradientTransformation, seed: int
+) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]:
+    """The jitted update; it takes over the buffers of the state it is given.
+
+    The gradient is that of the mean over all supervised tokens of all micro-batches and devices. An update whose loss
+    or gradient is not finite leaves parameters and optimizer as they were and is counted.
+    """
+
+    def loss(trained: Trained, frozen: nnx.State, batch: Batch, key: jax.Array):
+        return loss_sum(partition.join(trained, frozen), trained_type, batch, key)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, Metrics]:
+        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def accumulate(carry, micro):
+            index, batch = micro
+            key = jax.random.fold_in(step_key, index)
+            (total, count), gradient = jax.value_and_grad(loss, has_aux=True)(state.trained, frozen, batch, key)
+            return jax.tree.map(jnp.add, carry, (gradient, total, count)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, state.trained), jnp.float32(0), jnp.float32(0)
+        indices = jnp.arange(batch.tokens.shape[0], dtype=jnp.uint32)
+        (gradient, total, count), _ = jax.lax.scan(accumulate, zeros, (indices, batch))
+        count = jnp.maximum(count, 1.0)
+        gradient = jax.tree.map(lambda g: g / count.astype(g.dtype), gradient)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(norm) & jnp.isfinite(total)
+
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
+            updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trained)
+        updated = optax.apply_updates(state.trained, updates), optimizer_state
+        trained, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), updated, (state.trained, state.optimizer)
+        )
+        new_state = TrainState(
+            step=state.step + 1,
+            trained=trained,
+            optimizer=optimizer_state,
+            skipped=state.skipped + jnp.where(finite, 0, 1),
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        tokens = jnp.sum(batch.segments > 0, dtype=jnp.int32)
+        return new_state, Metrics(total / count, norm, count.astype(jnp.int32), tokens, finite)
+
+    return step
+
+
+def initial_state(trained: Trained, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update. The trained arrays are copied: a step consumes what it is given."""
+    trained = jax.tree.map(jnp.copy, trained)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, trained, optimizer.init(trained), jnp.copy(zero), jnp.copy(zero))
+
+
+def make_eval_step(
+    partition: Partition, trained_type: type[nnx.Variable]
+) -> Callable[[Trained, nnx.State, Batch], tuple[jax.Array, jax.Array]]:
+    """Jitted (loss sum, count) of a batch [B, T]."""
+
+    @jax.jit
+    def step(trained: Trained, frozen: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return loss_sum(partition.join(trained, frozen), trained_type, batch, None)
+
+    return step

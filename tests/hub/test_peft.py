@@ -1,0 +1,236 @@
+"""Adapters to and from real PEFT: the same logits on both sides, for every variant; and what is refused."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import jaxft
+from jaxft.adapters.attach import attach, attach_factors, factors_of
+from jaxft.adapters.targets import LoraConfig
+from jaxft.hub.peft import HEAD_COPY
+from jaxft.hub.safetensors import SafetensorsFile, write_safetensors
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.parity
+
+TOLERANCE = 1e-4
+TOKENS = np.random.default_rng(0).integers(0, 97, (2, 19), dtype=np.int32)
+
+VARIANTS = {
+    "lora": dict(r=4, lora_alpha=6),
+    "rslora": dict(r=4, lora_alpha=6, use_rslora=True),
+    "dora": dict(r=4, lora_alpha=6, use_dora=True),
+    "dora-rslora-patterns": dict(r=4, lora_alpha=3, use_dora=True, use_rslora=True, rank_pattern={"down_proj": 2}),
+    "list": dict(r=3, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
+    "regex-some-layers": dict(r=3, lora_alpha=8, target_modules=r".*\.[02]\.(mlp|self_attn)\.(up|o)_proj"),
+    "layers-to-transform": dict(r=2, lora_alpha=4, target_modules=["q_proj", "gate_proj"], layers_to_transform=[1]),
+    "excluded": dict(r=2, lora_alpha=4, target_modules="all-linear", exclude_modules=["k_proj", "model.layers.1.mlp.up_proj"]),
+    "patterns": dict(
+        r=4,
+        lora_alpha=8,
+        rank_pattern={r"model\.layers\.1\.self_attn\.q_proj": 7, "up_proj": 2},
+        alpha_pattern={"v_proj": 2, r"layers\.0\.mlp\.down_proj": 1.5},
+    ),
+}  # fmt: skip
+
+
+HEAD_VARIANT = dict(r=3, lora_alpha=8, target_modules=["k_proj", "lm_head"])
+each_variant = pytest.mark.parametrize(
+    "base, settings",
+    [pytest.param(tied, settings, id=f"{'tied' if tied else 'untied'}-{name}")
+     for tied in (False, True) for name, settings in VARIANTS.items()]
+    + [pytest.param(False, HEAD_VARIANT, id="untied-head-too")],
+    indirect=["base"],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[False], ids=["untied"])
+def base(request, tmp_path_factory):
+    """A small random Llama on disk, with or without tied embeddings."""
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, attention_bias=True, tie_word_embeddings=request.param,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter) + (parameter.ndim == 1))
+    path = tmp_path_factory.mktemp("base")
+    model.save_pretrained(path)
+    return path
+
+
+def torch_base(path):
+    return transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def torch_logits(model):
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+def lora_config(settings) -> LoraConfig:
+    return LoraConfig(**dict(target_modules="all-linear") | settings)
+
+
+def randomised(model, config, seed=1):
+    """The model with an adapter whose every entry matters."""
+    rng = np.random.default_rng(seed)
+    factors = {
+        module: type(f)(*(None if x is None else rng.normal(x, 0.2).astype(np.float32) for x in f))
+        for module, f in factors_of(attach(model, config, jax.random.key(0))).items()
+    }
+    return attach_factors(model, config, factors)
+
+
+@each_variant
+def test_jaxft_to_peft(base, settings, tmp_path):
+    model = randomised(jaxft.load_model(base), lora_config(settings))
+    jaxft.save_adapter(model, tmp_path)
+    reference = peft.PeftModel.from_pretrained(torch_base(base), tmp_path).eval()
+    np.testing.assert_allclose(model(TOKENS), torch_logits(reference), atol=TOLERANCE, rtol=0)
+    assert np.abs(torch_logits(reference) - torch_logits(torch_base(base))).max() > 0.05
+
+
+@each_variant
+def test_peft_to_jaxft_and_out_again(base, settings, tmp_path):
+    torch.manual_seed(5)
+    wrapped = peft.get_peft_model(
+        torch_base(base), peft.LoraConfig(**dict(target_modules="all-linear", task_type="CAUSAL_LM") | settings)
+    ).eval()
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "theirs")
+    model = jaxft.load_adapter(jaxft.load_model(base), tmp_path / "theirs")
+    np.testing.assert_allclose(model(TOKENS), torch_logits(wrapped), atol=TOLERANCE, rtol=0)
+
+    jaxft.save_adapter(model, tmp_path / "ours")
+    theirs, ours = (SafetensorsFile(tmp_path / side / "adapter_model.safetensors") for side in ("theirs", "ours"))
+    assert set(ours.tensors) == set(theirs.tensors) - {HEAD_COPY}
+    for key in ours.tensors:
+        np.testing.assert_array_equal(ours.read(key), theirs.read(key), err_msg=key)
+    again = peft.PeftModel.from_pretrained(torch_base(base), tmp_path / "ours").eval()
+    np.testing.assert_allclose(torch_logits(again), torch_logits(wrapped), atol=1e-6, rtol=0)
+
+
+@each_variant
+def test_merged_model_in_transformers(base, settings, tmp_path):
+    model = randomised(jaxft.load_model(base), lora_config(settings))
+    jaxft.save_model(jaxft.merge_adapter(model), tmp_path)
+    np.testing.assert_allclose(torch_logits(torch_base(tmp_path)), model(TOKENS), atol=TOLERANCE, rtol=0)
+
+
+def test_saved_config_is_what_consumers_expect(base, tmp_path):
+    model = randomised(jaxft.load_model(base), lora_config(VARIANTS["patterns"]))
+    jaxft.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert (config["r"], config["lora_alpha"], config["bias"]) == (4, 8, "none")
+    assert set(config["target_modules"]) == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert config["rank_pattern"][r"model\.layers\.1\.self_attn\.q_proj"] == 7
+    assert config["base_model_name_or_path"] == str(base)
+    tensors = SafetensorsFile(tmp_path / "adapter_model.safetensors")
+    assert tensors.metadata["format"] == "pt"
+    assert all(info.dtype == np.float32 for info in tensors.tensors.values())
+    assert tensors.tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"].shape == (7, 32)
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """A valid adapter directory to spoil."""
+    model = randomised(jaxft.load_model(base), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"]))
+    return jaxft.save_adapter(model, tmp_path / "adapter")
+
+
+def edit_config(adapter, **changes):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(adapter, change):
+    path = adapter / "adapter_model.safetensors"
+    with SafetensorsFile(path) as file:
+        tensors = {name: np.array(file.read(name)) for name in file.tensors}
+        metadata = dict(file.metadata)
+    change(tensors, metadata)
+    write_safetensors(path, tensors, tensors.__getitem__, metadata)
+
+
+KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(peft_type="IA3"), "peft_type is 'IA3'"),
+        (dict(bias="all"), "bias='all'"),
+        (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+        (dict(init_lora_weights="pissa"), "changes the base's weights"),
+        (dict(target_modules=["query"]), "matches no linear layer; there are: "),
+        (dict(target_modules=["q_proj", "up_proj", "down_proj"]), "selects modules that have no tensors"),
+        (dict(target_modules=["q_proj"]), "does not select"),
+        (dict(r=8), "gives another rank"),
+        (dict(use_dora=True), "expected A, B, magnitude"),
+        (dict(target_modules=None), "target_modules is missing"),
+    ],
+)
+def test_refuses_config(base, adapter, change, message):
+    edit_config(adapter, **change)
+    with pytest.raises(ValueError, match="adapter") as error:
+        jaxft.load_adapter(jaxft.load_model(base), adapter)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t, m: t.pop(KEY), "expected A, B"),
+        (lambda t, m: t.update({KEY.replace("q_proj", "qq_proj"): t[KEY]}), "expected A, B"),
+        (lambda t, m: t.update({"stray.weight": t[KEY]}), "no part of a LoRA"),
+        (lambda t, m: t.update({KEY: t[KEY][:, :-1]}), "made for another base"),
+        (lambda t, m: m.update(jaxft_base_fingerprint="0" * 64), "trained on other weights"),
+    ],
+)
+def test_refuses_tensors(base, adapter, change, message):
+    edit_tensors(adapter, change)
+    with pytest.raises(ValueError) as error:
+        jaxft.load_adapter(jaxft.load_model(base), adapter)
+    assert message in str(error.value)
+
+
+def test_refuses_missing_files(base, adapter):
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"adapter_config\.json: no such file"):
+        jaxft.load_adapter(jaxft.load_model(base), adapter)
+    shutil.rmtree(adapter)
+    with pytest.raises(ValueError):
+        jaxft.load_adapter(jaxft.load_model(base), adapter)
+
+
+def test_second_adapter_and_nothing_to_save(base, adapter):
+    model = jaxft.load_model(base)
+    with pytest.raises(ValueError, match="no adapter to save"):
+        jaxft.save_adapter(model, adapter)
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        jaxft.load_adapter(jaxft.load_adapter(model, adapter), adapter)
+    with pytest.raises(ValueError, match="no adapter to merge"):
+        jaxft.merge_adapter(model)
+    with pytest.raises(ValueError, match="merge it first"):
+        jaxft.save_model(jaxft.load_adapter(model, adapter), adapter.parent / "out")
+
+
+def test_merging_into_a_quantized_base_is_refused(base, adapter):
+    model = jaxft.load_adapter(jaxft.load_model(base, quantization="int8"), adapter)
+    with pytest.raises(ValueError, match="without quantization"):
+        jaxft.merge_adapter(model)

@@ -1,0 +1,158 @@
+"""Logits against transformers, in float32, for every architecture with every axis of its config exercised."""
+
+import jax
+import numpy as np
+import pytest
+
+import jaxft
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.parity
+
+TOLERANCE = 1e-4
+VOCAB, LENGTH = 131, 48
+
+SMALL = dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=3, max_position_embeddings=64)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+    rope_theta=500.0,
+)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, rope_theta=1000.0)
+LONGROPE = dict(
+    rope_type="longrope",
+    short_factor=[1.0, 1.1, 1.3, 1.7],
+    long_factor=[1.0, 2.0, 3.0, 5.0],
+    original_max_position_embeddings=32,
+    factor=2.0,
+    rope_theta=100.0,
+)
+
+
+def llama(**kwargs):
+    heads = dict(num_attention_heads=6, num_key_value_heads=2, head_dim=8)
+    return transformers.LlamaConfig(**(SMALL | heads | kwargs))
+
+
+def rope(**parameters):
+    return llama(rope_parameters=parameters)
+
+
+CONFIGS = {
+    "llama-gqa": llama(),
+    "llama-tied": llama(tie_word_embeddings=True),
+    "llama-mha-biases": llama(num_key_value_heads=6, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3),
+    "llama-wide-heads": llama(head_dim=14, hidden_act="gelu"),
+    "llama-gelu-tanh": llama(hidden_act="gelu_pytorch_tanh", rope_parameters=dict(rope_type="default", rope_theta=99.0)),
+    "rope-linear": rope(rope_type="linear", factor=3.0, rope_theta=1e4),
+    "rope-dynamic-short": rope(rope_type="dynamic", factor=2.0, rope_theta=1e4),
+    "rope-dynamic-long": llama(
+        max_position_embeddings=32, rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
+    ),
+    "rope-llama3": rope(**LLAMA3),
+    "rope-yarn": rope(**YARN),
+    "rope-yarn-mscale": rope(**YARN, mscale=0.7, mscale_all_dim=0.3, beta_fast=16.0, beta_slow=2.0),
+    "rope-yarn-no-truncate": rope(**YARN, attention_factor=1.3, truncate=False),
+    "rope-longrope-long": rope(**LONGROPE),
+    "rope-longrope-short": rope(**LONGROPE | dict(original_max_position_embeddings=56, attention_factor=1.2)),
+    "mistral-window": transformers.MistralConfig(
+        **SMALL, num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=7
+    ),
+    "mistral-full": transformers.MistralConfig(
+        **SMALL, num_attention_heads=4, num_key_value_heads=1, head_dim=12, sliding_window=None
+    ),
+    "qwen2": transformers.Qwen2Config(**SMALL, num_attention_heads=4, num_key_value_heads=2),
+    "qwen2-mixed-windows": transformers.Qwen2Config(
+        **SMALL | dict(num_hidden_layers=5),
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        use_sliding_window=True,
+        sliding_window=9,
+        max_window_layers=2,
+        tie_word_embeddings=True,
+    ),
+    "qwen3": transformers.Qwen3Config(
+        **SMALL, num_attention_heads=4, num_key_value_heads=2, head_dim=20, attention_bias=True
+    ),
+    "qwen3-alternating": transformers.Qwen3Config(
+        **SMALL | dict(num_hidden_layers=7),
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+    ),
+}
+
+
+def random_model(config, seed: int):
+    """A transformers model whose every parameter, norms and biases too, is random and matters."""
+    torch.manual_seed(seed)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request, tmp_path_factory):
+    """The same random model in transformers and in jaxft."""
+    path = tmp_path_factory.mktemp("model")
+    reference = random_model(CONFIGS[request.param], seed=len(request.param))
+    reference.save_pretrained(path)
+    return reference, jaxft.load_model(path)
+
+
+def torch_logits(reference, tokens, **kwargs):
+    with torch.no_grad():
+        return reference(torch.tensor(tokens), **kwargs).logits.numpy()
+
+
+def test_logits_agree(pair):
+    reference, model = pair
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH), dtype=np.int32)
+    ours = jax.jit(lambda m, t: m(t))(model, tokens)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, torch_logits(reference, tokens), atol=TOLERANCE, rtol=0)
+
+
+def test_padded_batch_agrees(pair):
+    """Left padding as transformers takes it: a mask and explicit positions."""
+    reference, model = pair
+    tokens = np.random.default_rng(1).integers(0, VOCAB, (3, 21), dtype=np.int32)
+    mask = np.arange(21)[None, :] >= np.array([0, 6, 13])[:, None]
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
+    theirs = torch_logits(
+        reference, tokens, attention_mask=torch.tensor(mask.astype(int)), position_ids=torch.tensor(positions)
+    )
+    ours = np.asarray(model(tokens, positions, mask.astype(np.int32)))
+    np.testing.assert_allclose(ours[mask], theirs[mask], atol=TOLERANCE, rtol=0)
+
+
+def test_packed_row_equals_its_examples_alone(pair):
+    reference, model = pair
+    lengths = (17, 3, 20)
+    tokens = np.random.default_rng(2).integers(0, VOCAB, (1, sum(lengths) + 5), dtype=np.int32)
+    segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+    start = 0
+    for number, length in enumerate(lengths, 1):
+        segments[0, start : start + length] = number
+        positions[0, start : start + length] = np.arange(length)
+        start += length
+    packed = np.asarray(model(tokens, positions, segments))
+    start = 0
+    for length in lengths:
+        alone = torch_logits(reference, tokens[:, start : start + length])
+        np.testing.assert_allclose(packed[:, start : start + length], alone, atol=TOLERANCE, rtol=0)
+        start += length

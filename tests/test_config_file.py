@@ -1,0 +1,429 @@
+"""From files and command lines to a config: other trainers' names, YAML, overrides, and the complaints."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from jaxft.config import Config, ConfigError, DatasetConfig, MeshConfig
+from jaxft.config_file import ALIASES, TRANSLATIONS, load_config
+
+BASE = {"model_name_or_path": "org/model", "datasets": ["train.jsonl"], "output_dir": "runs/a"}
+BASE_YAML = "model_name_or_path: org/model\ndatasets: [train.jsonl]\noutput_dir: runs/a\n"
+HELD_OUT = {"eval_datasets": ["eval.jsonl"]}
+
+# Written down apart from the code: our key, its other names, a value that is not the default.
+OTHER_NAMES = [
+    ("model_name_or_path", ["base_model", "model"], "org/other"),
+    ("model_revision", ["revision"], "v2"),
+    ("dtype", ["torch_dtype"], "float32"),
+    ("quant_type", ["bnb_4bit_quant_type"], "int4"),
+    ("use_double_quant", ["bnb_4bit_use_double_quant"], True),
+    ("use_dora", ["peft_use_dora"], True),
+    ("lora_r", ["lora_rank", "r"], 7),
+    ("lora_target_modules", ["lora_target", "target_modules"], ["q_proj", "up_proj"]),
+    ("use_rslora", ["peft_use_rslora"], True),
+    ("adapter_name_or_path", ["lora_model_dir"], "runs/b"),
+    ("val_set_size", ["val_size"], 0.25),
+    ("max_length", ["sequence_len", "cutoff_len", "max_seq_length"], 333),
+    ("packing", ["sample_packing"], True),
+    ("micro_batch_size", ["per_device_train_batch_size", "batch_size"], 6),
+    ("max_grad_norm", ["clip_grad_norm"], 0.5),
+    ("lr_scheduler_type", ["lr_scheduler"], "linear"),
+    ("num_train_epochs", ["num_epochs", "epochs"], 2.5),
+]
+TRANSLATED = [
+    ("quantization_bit", 4, {"load_in_4bit": True, "load_in_8bit": False, "quant_type": "nf4"}),
+    ("quantization_bit", 8, {"load_in_4bit": False, "load_in_8bit": True, "quant_type": "int8"}),
+    ("finetuning_type", "lora", {"adapter": "lora", "use_dora": False}),
+    ("finetuning_type", "full", {"adapter": "none", "use_dora": False}),
+    ("finetuning_type", "none", {"adapter": "none", "use_dora": False}),
+    ("use_peft", True, {"adapter": "lora"}),
+    ("use_peft", False, {"adapter": "none"}),
+    ("train_on_inputs", True, {"assistant_only_loss": False}),
+    ("train_on_inputs", False, {"assistant_only_loss": True}),
+    ("gradient_checkpointing", True, {"remat": "full"}),
+    ("gradient_checkpointing", False, {"remat": "none"}),
+]
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes run.yaml, BASE_YAML and then the text, into an empty current directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str, base: str = BASE_YAML) -> str:
+        Path("run.yaml").write_text(base + text, encoding="utf-8")
+        return "run.yaml"
+
+    return write
+
+
+def complaint(source, overrides=()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(source, overrides)
+    return str(caught.value)
+
+
+# Other names
+
+
+def test_the_tables_of_other_names_are_complete_and_point_at_keys():
+    assert {alias: key for key, aliases, _ in OTHER_NAMES for alias in aliases} == ALIASES
+    assert [(name, value) for name, value, _ in TRANSLATED] == [
+        (name, value) for name, choices in TRANSLATIONS.items() for value in choices
+    ]
+    targets = {key for choices in TRANSLATIONS.values() for key, _ in choices.values()} | {*ALIASES.values()}
+    assert targets <= {*Config.model_fields}
+    assert not {*ALIASES, *TRANSLATIONS} & {*Config.model_fields}
+
+
+@pytest.mark.parametrize(
+    "alias, key, value", [(alias, key, value) for key, aliases, value in OTHER_NAMES for alias in aliases]
+)
+def test_alias(alias, key, value):
+    base = {name: kept for name, kept in BASE.items() if name != key}
+    if key == "use_double_quant":
+        base["quant_type"] = "nf4"
+    plain = load_config(base | {key: value})
+    assert getattr(plain, key) == value != Config.model_fields[key].default
+    assert load_config(base | {alias: value}) == plain
+    assert load_config(base | {alias: value, key: value}) == plain
+    assert load_config(BASE | base, [f"{alias}={json.dumps(value)}"]) == plain
+
+
+@pytest.mark.parametrize("name, value, expected", TRANSLATED)
+def test_translation(name, value, expected):
+    for config in (load_config(BASE | {name: value}), load_config(BASE, [f"{name}={json.dumps(value)}"])):
+        assert {key: getattr(config, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "given, problem",
+    [
+        ({"quantization_bit": 3}, "quantization_bit: must be 4 or 8 (got 3)"),
+        ({"quantization_bit": 4.0}, "quantization_bit: must be 4 or 8 (got 4.0)"),
+        ({"finetuning_type": "freeze"}, 'finetuning_type: must be "lora" or "full" or "none" (got "freeze")'),
+        ({"finetuning_type": ["lora"]}, 'finetuning_type: must be "lora" or "full" or "none" (got a list)'),
+        ({"use_peft": 1}, "use_peft: must be true or false (got 1)"),
+        ({"train_on_inputs": "yes"}, 'train_on_inputs: must be true or false (got "yes")'),
+        ({"gradient_checkpointing": None}, "gradient_checkpointing: must be true or false (got null)"),
+    ],
+)
+def test_translation_of_an_unknown_value(given, problem):
+    assert complaint(BASE | given) == f"config: {problem}"
+
+
+@pytest.mark.parametrize(
+    "given, adapter",
+    [
+        ({"use_peft": True, "peft_use_dora": True}, "dora"),
+        ({"finetuning_type": "lora", "use_dora": True}, "dora"),
+        ({"finetuning_type": "full", "use_peft": False}, "none"),
+    ],
+)
+def test_other_names_for_the_adapter_combine(given, adapter):
+    assert load_config(BASE | given).adapter == adapter
+
+
+def test_spellings_that_differ_are_errors_naming_both(write):
+    assert complaint(write("lora_rank: 8\nr: 9\nepochs: 1\nnum_epochs: 2\n")).splitlines() == [
+        "run.yaml: lora_r: has two values, given as lora_rank and r; keep one",
+        "run.yaml: num_train_epochs: has two values, given as epochs and num_epochs; keep one",
+    ]
+    assert complaint(write("finetuning_type: full\nuse_peft: true\n")) == (
+        "run.yaml: adapter: has two values, given as finetuning_type and use_peft; keep one"
+    )
+    assert complaint(write("load_in_4bit: false\nquantization_bit: 4\n")) == (
+        "run.yaml: load_in_4bit: has two values, given as load_in_4bit and quantization_bit; keep one"
+    )
+    twice = "command line: lora_r: has two values, given as"
+    assert complaint(BASE, ["lora_r=8", "r=9"]) == f"{twice} lora_r and r; keep one"
+    assert complaint(BASE, ["r=8", "r=9"]) == f"{twice} r; keep one"
+    assert load_config(BASE, ["lora_r=8", "r=8"]).lora_r == 8
+
+
+def test_a_complaint_uses_the_users_spelling(write):
+    assert (
+        complaint(write("lora_rank: 0\n")) == "run.yaml: lora_rank (lora_r): must be greater than 0 (got 0)"
+    )
+    assert complaint(write("lora_rank: 5\n"), ["r=0"]) == (
+        "command line: r (lora_r): must be greater than 0 (got 0)"
+    )
+    assert complaint(write("quantization_bit: 4\nload_in_8bit: true\n")) == (
+        "run.yaml: quantization_bit (load_in_4bit) and load_in_8bit are both true; keep one"
+    )
+
+
+# YAML
+
+
+@pytest.mark.parametrize("text, value", [
+    ("1e-4", 1e-4), ("1E4", 1e4), ("2.e-5", 2e-5), (".5", 0.5), ("+1.5e+1", 15.0), ("3", 3.0), ("010", 10.0),
+    ("08", 8.0),
+])  # fmt: skip
+def test_numbers(write, text, value):
+    assert load_config(write(f"learning_rate: {text}")).learning_rate == value
+    assert load_config(BASE, [f"learning_rate={text}"]).learning_rate == value
+
+
+@pytest.mark.parametrize("text", [
+    "no", "off", "yes", "on", "NO", "y", "2024-01-01", "1_000", "0x1F", "12:30", "=", "e5", "1e", ".",
+    "7" * 400,
+])  # fmt: skip
+def test_strings(write, text):
+    assert load_config(write(f"model_revision: {text}")).model_revision == text
+
+
+@pytest.mark.parametrize("text, value", [("true", True), ("True", True), ("FALSE", False), ("false", False)])
+def test_booleans(write, text, value):
+    assert load_config(write(f"packing: {text}")).packing is value
+
+
+@pytest.mark.parametrize("text", ["yes", "no", "on", "off"])
+def test_other_words_for_booleans_are_strings(write, text):
+    assert complaint(write(f"packing: {text}")) == f'run.yaml: packing: must be true or false (got "{text}")'
+
+
+@pytest.mark.parametrize("text", ["null", "~", ""])
+def test_null(write, text):
+    assert load_config(write(f"max_steps: {text}")).max_steps is None
+
+
+@pytest.mark.parametrize("text, problem", [
+    ("seed: 1\nlora_r: 2\nseed: 1\n", "run.yaml:6: key `seed` is given twice, first on line 4"),
+    ("mesh:\n  fsdp: 1\n  fsdp: 2\n", "run.yaml:6: key `fsdp` is given twice, first on line 5"),
+    ("eval_datasets:\n- path: a\n  path: a\n", "run.yaml:6: key `path` is given twice, first on line 5"),
+    ("mesh: {fsdp: 1, 'fsdp': 2}\n", "run.yaml:4: key `fsdp` is given twice, first on line 4"),
+    ("seed: !!int 3\n", "run.yaml:4: a tag has no place in a config"),
+    ("seed: !!python/object/apply:os.getcwd []\n", "run.yaml:4: a tag has no place in a config"),
+    ("lora_r: [1\n", "run.yaml:5: while parsing a flow sequence"),
+    ("lora_r: 1: 2\n", "run.yaml:4: mapping values are not allowed here"),
+    ("lora_r: *other\n", "run.yaml:4: found undefined alias 'other'"),
+    ("\tlora_r: 1\n", "run.yaml:4: "),
+    ("lora_r: \x01\n", "run.yaml:4: special characters are not allowed"),
+    ("---\na: 1\n", "run.yaml:4: expected a single document in the stream, but found another document"),
+    ("[1]: 2\n", "run.yaml:4: while constructing a mapping, found unhashable key"),
+])  # fmt: skip
+def test_yaml_that_is_wrong_names_the_line(write, text, problem):
+    assert complaint(write(text)).startswith(problem)
+
+
+def test_anchors_and_merges_work(write):
+    path = write(
+        "eval_datasets:\n"
+        "- &first {path: a, split: test, weight: 2}\n"
+        "- &second {<<: *first, path: b}\n"
+        "- {<<: *second, path: c, weight: 3}\n"
+    )
+    found = [(source.path, source.split, source.weight) for source in load_config(path).eval_datasets]
+    assert found == [("a", "test", 2.0), ("b", "test", 2.0), ("c", "test", 3.0)]
+
+
+def test_a_list_that_holds_itself(write):
+    path = write("eval_datasets: &x [*x]\n")
+    assert complaint(path) == "run.yaml: eval_datasets.0: must be a mapping (got a list)"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(write):
+    assert load_config(write("", base="\ufeff" + BASE_YAML)).model_name_or_path == "org/model"
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("", "run.yaml: is empty; a config has a line for every key"),
+        ("# only words\n", "run.yaml: is empty"),
+        ("- a\n- b\n", "run.yaml: is not a mapping (got a list)"),
+        ("lora_r=8\n", 'run.yaml: is not a mapping (got "lora_r=8")'),
+    ],
+)
+def test_a_file_without_keys(write, text, problem):
+    assert complaint(write(text, base="")).startswith(problem)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    missing, binary = tmp_path / "none.yaml", tmp_path / "binary.yaml"
+    binary.write_bytes(b"seed: \xff\xfe\n")
+    assert complaint(missing) == f"{missing}: cannot be read: No such file or directory"
+    assert complaint(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
+    assert complaint(str(binary)) == f"{binary}: is not UTF-8 text"
+
+
+def test_relative_paths_stay_as_written(write, monkeypatch, tmp_path):
+    path = os.path.abspath(write(""))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = load_config(path)
+    assert (config.output_dir, config.datasets[0].path) == ("runs/a", "train.jsonl")
+
+
+# Overrides
+
+
+@pytest.mark.parametrize("override, key, value", [
+    ("learning_rate=1e-4", "learning_rate", 1e-4),
+    ("lora_target_modules=[q_proj,v_proj]", "lora_target_modules", ["q_proj", "v_proj"]),
+    (r"lora_target_modules=.*\.(q|v)_proj", "lora_target_modules", r".*\.(q|v)_proj"),
+    ("mesh={fsdp: 8}", "mesh", MeshConfig(fsdp=8)),
+    ("mesh.fsdp=8", "mesh", MeshConfig(fsdp=8)),
+    ("max_steps=", "max_steps", None),
+    ("max_steps = 3", "max_steps", 3),
+    ("output_dir=a=b", "output_dir", "a=b"),
+    ("packing=true", "packing", True),
+    ("model_revision=no", "model_revision", "no"),
+    ("rank_pattern.layers.0.q_proj=8", "rank_pattern", {"layers.0.q_proj": 8}),
+    ("datasets.0.weight=2", "datasets", [DatasetConfig(path="train.jsonl", weight=2.0)]),
+    ("datasets.0=b.jsonl", "datasets", [DatasetConfig(path="b.jsonl")]),
+    ("datasets.0.columns.a.b=c", "datasets", [DatasetConfig(path="train.jsonl", columns={"a.b": "c"})]),
+    ("datasets=[{path: b, type: text}, c]", "datasets",
+     [DatasetConfig(path="b", type="text"), DatasetConfig(path="c")]),
+])  # fmt: skip
+def test_override(override, key, value):
+    given = {
+        "lora_target_modules": ["k_proj"],
+        "model_revision": "main",
+        "max_steps": 7,
+        "learning_rate": 1.0,
+    }
+    assert getattr(load_config(BASE | given, [override]), key) == value
+
+
+def test_parts_override_wholes_whatever_their_order():
+    overrides = ["mesh.tensor=2", "mesh={data: 3, tensor: 5}", "rank_pattern.q=4"]
+    config = load_config(BASE | {"mesh": {"fsdp": 7}, "rank_pattern": {"v": 2}}, overrides)
+    assert config.mesh == MeshConfig(data=3, fsdp=1, tensor=2)
+    assert config.rank_pattern == {"v": 2, "q": 4}
+
+
+def test_the_source_is_not_changed():
+    source = BASE | {"datasets": ["a", {"path": "b"}], "mesh": {"fsdp": 2}}
+    before = json.dumps(source)
+    load_config(source, ["datasets.0.weight=2", "datasets.1.weight=3", "mesh.fsdp=4"])
+    assert json.dumps(source) == before
+
+
+@pytest.mark.parametrize("given, override, expected", [
+    ({"lora_rank": 8}, "lora_r=4", {"lora_r": 4}),
+    ({"lora_r": 8}, "lora_rank=4", {"lora_r": 4}),
+    ({"cutoff_len": 100}, "sequence_len=200", {"max_length": 200}),
+    ({"train_on_inputs": True}, "assistant_only_loss=true", {"assistant_only_loss": True}),
+    ({"load_in_4bit": True}, "quantization_bit=8", {"quantization": "int8", "load_in_4bit": False}),
+    ({"quantization_bit": 4}, "quant_type=int8", {"quantization": "int8", "load_in_4bit": False}),
+    ({"quant_type": "nf4", "load_in_4bit": True}, "load_in_4bit=false", {"quantization": None}),
+    ({"quant_type": "nf4", "load_in_4bit": True}, "quant_type=null", {"quantization": None}),
+    ({"adapter": "dora", "use_dora": True}, "adapter=lora", {"adapter": "lora", "use_dora": False}),
+    ({"adapter": "dora"}, "use_dora=false", {"adapter": "lora"}),
+    ({"use_dora": True}, "use_peft=false", {"adapter": "none", "use_dora": False}),
+    ({"adapter": "none"}, "use_dora=true", {"adapter": "dora"}),
+    ({"warmup_ratio": 0.1}, "warmup_steps=5", {"warmup_ratio": 0.0, "warmup_steps": 5}),
+    ({"warmup_ratio": 0.1}, "warmup_steps=0", {"warmup_ratio": 0.1, "warmup_steps": 0}),
+    ({"max_steps": 9}, "epochs=3", {"max_steps": None, "num_train_epochs": 3.0}),
+    ({"max_steps": 9, "epochs": 2}, "max_steps=null", {"max_steps": None, "num_train_epochs": 2.0}),
+    (HELD_OUT, "val_set_size=0.1", {"eval_datasets": [], "val_set_size": 0.1}),
+    ({"val_size": 5}, "eval_datasets=[a]", {"eval_datasets": [DatasetConfig(path="a")], "val_set_size": 0}),
+])  # fmt: skip
+def test_an_override_wins_over_every_spelling_in_the_file(given, override, expected):
+    config = load_config(BASE | given, [override])
+    assert {key: getattr(config, key) for key in expected} == expected
+
+
+def test_overrides_do_not_excuse_each_other():
+    assert "both true" in complaint(BASE, ["load_in_4bit=true", "load_in_8bit=true"])
+    assert "both given" in complaint(BASE, ["warmup_steps=3", "warmup_ratio=0.1"])
+    assert load_config(BASE, ["load_in_4bit=true", "quant_type=int4"]).quantization == "int4"
+
+
+@pytest.mark.parametrize("override, problem", [
+    ("lora_r", 'expected key=value, as in learning_rate=1e-4 (got "lora_r")'),
+    ("=3", 'expected key=value, as in learning_rate=1e-4 (got "=3")'),
+    ("lora_r=12.5", "lora_r: must be a valid integer (got 12.5)"),
+    ("lora_r.x=3", "lora_r.x: lora_r has no part `x`"),
+    ("use_peft.x=true", "use_peft.x: use_peft has no part `x`"),
+    ("lora_target.0=q", "lora_target.0: lora_target has no part `0`"),
+    ("datasets.first.weight=2", "datasets.first.weight: datasets has no part `first`"),
+    ("datasets.-1.weight=2", "datasets.-1.weight: datasets has no part `-1`"),
+    ("datasets.1.weight=2", "datasets.1.weight: the config has no datasets.1 to change"),
+    ("eval_datasets.0.weight=2", "eval_datasets.0.weight: the config has no eval_datasets.0 to change"),
+    ("mesh={fsdp:8}", "mesh.fsdp:8: lacks a space after the colon"),
+    ("rank_pattern={q:8}", "rank_pattern.q:8: lacks a space after the colon"),
+    ("lora_target_modules=[q", "lora_target_modules: while parsing a flow sequence, expected ',' or ']'"),
+    ("lora_target_modules=[qv]_proj", "lora_target_modules: expected '<document start>'"),
+    ("lora_target_modules=*_proj", "lora_target_modules: found undefined alias '_proj'; quotes make it"),
+    ("mesh.fsdp=0", "mesh.fsdp: must be a number of devices"),
+    ("mesh={fsdp: 1, fsdp: 2}", "mesh: key `fsdp` is given twice"),
+    ("--lora_r=8", "--lora_r: unknown key; did you mean `lora_r`?"),
+    ("mehs.fsdp=8", "mehs: unknown key; did you mean `mesh`?"),
+    ("mesh.fdsp=8", "mesh.fdsp: unknown key; did you mean `fsdp`?"),
+    ("datasets.0.wieght.x=8", "datasets.0.wieght: unknown key; did you mean `weight`?"),
+])  # fmt: skip
+def test_a_wrong_override(override, problem):
+    message = complaint(BASE, [override])
+    assert message.startswith(f"command line: {problem}")
+    assert "\n" not in message
+
+
+# Complaints
+
+
+def test_required_keys_are_reported_together():
+    assert complaint({}).splitlines() == [
+        "config: model_name_or_path: is required",
+        "config: datasets: is required",
+        "config: output_dir: is required",
+    ]
+
+
+def test_unknown_keys_are_reported_together_with_suggestions(write):
+    path = write(
+        "learning_rat: 1\nlora_rnk: 8\nzzz: 1\nmesh: {fdsp: 2}\nval_size: [x]\n3: x\n"
+        "eval_datasets: [{path: a, wieght: 3, split: b}, {path: b, colums: {}}]\n"
+    )
+    assert sorted(complaint(path).splitlines()) == [
+        "run.yaml: 3: must be a string, as all keys (got 3)",
+        "run.yaml: eval_datasets.0.wieght: unknown key; did you mean `weight`?",
+        "run.yaml: eval_datasets.1.colums: unknown key; did you mean `columns`?",
+        "run.yaml: learning_rat: unknown key; did you mean `learning_rate`?",
+        "run.yaml: lora_rnk: unknown key; did you mean `lora_rank`?",
+        "run.yaml: mesh.fdsp: unknown key; did you mean `fsdp`?",
+        "run.yaml: val_size (val_set_size): must be a valid integer or a valid number (got a list)",
+        "run.yaml: zzz: unknown key",
+    ]
+
+
+def test_a_dotted_key_belongs_on_the_command_line(write):
+    assert complaint(write("mesh.fsdp: 8\n")) == "run.yaml: mesh.fsdp: unknown key; did you mean `mesh`?"
+
+
+def test_complaints_tell_the_file_from_the_command_line(write):
+    path = write("lora_r: 0\nmesh: {fsdp: -1}\n")
+    assert sorted(complaint(path, ["seed=-1", "mesh.tensor=-1"]).splitlines()) == [
+        "command line: seed: must be greater than or equal to 0 (got -1)",
+        "run.yaml with the command line: mesh: only one axis can be -1, not fsdp and tensor",
+        "run.yaml: lora_r: must be greater than 0 (got 0)",
+    ]
+    assert complaint(write("warmup_ratio: 0.1\n"), ["early_stopping_patience=2"]).startswith(
+        "run.yaml with the command line: early_stopping_patience needs held-out examples"
+    )
+    assert complaint(write("mesh: 3\n"), ["mesh.fsdp=2"]) == (
+        "command line: mesh.fsdp: the config has no mesh.fsdp to change"
+    )
+
+
+@pytest.mark.parametrize("text", [
+    "token: hf_CaNaRy", "hub: {token: CaNaRy, password: CaNaRy}", "eval_datasets: [{path: a, token: CaNaRy}]",
+    "mesh: {token: CaNaRy}", "lora_r: hf_CaNaRy", "report_to: hf_CaNaRy", "mesh: hf_CaNaRy",
+    "quantization_bit: hf_CaNaRy", "lora_rank: hf_CaNaRy\nr: 8", "rank_pattern: {q: hf_CaNaRy}",
+    f"hf_{'CaNaRy' * 5}: 3", "token: *hf_CaNaRy", "token: hf_CaNaRy: 3", "token: [hf_CaNaRy",
+])  # fmt: skip
+def test_no_complaint_shows_what_may_be_a_secret(write, text):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(text))
+    assert "CaNaRy" not in str(caught.value)
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("override", ["token=hf_CaNaRy", "hf_CaNaRy", "lora_r=hf_CaNaRy", "token=[hf_CaNaRy"])
+def test_no_complaint_shows_a_secret_of_the_command_line(override):
+    assert "CaNaRy" not in complaint(BASE, [override])
