@@ -102,7 +102,6 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
     from_line = _canonical(_COMMAND_LINE, map(_parse_override, overrides))
 
     replaced = {key for path, given in from_line.items() for key in _replaced_by(path[0], given.value)}
-    replaced -= {path[0] for path in from_line}
     tree = {
         path[0]: copy.deepcopy(given.value) for path, given in from_file.items() if path[0] not in replaced
     }
@@ -111,7 +110,8 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        spelt = {path[0]: given.written for path, given in (from_file | from_line).items() if len(path) == 1}
+        names = {path[0]: given.written for path, given in (from_file | from_line).items()}
+        spelt = {key: name for key, name in names.items() if name in ALIASES or name in TRANSLATIONS}
         raise ConfigError("\n".join(_explain(error, tree, where, spelt, list(from_line)))) from None
 
 
@@ -148,7 +148,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 def _read(path: Path) -> dict[Any, Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -277,7 +277,7 @@ def _explain(
     spelt: dict[str, str],
     overridden: list[KeyPath],
 ) -> Iterator[str]:
-    """A line per problem; `spelt` has the user's spellings, `overridden` what the command line set."""
+    """A line per problem; `spelt` has the other names in use, `overridden` what the command line set."""
     faults: dict[KeyPath, list[Any]] = {}
     for fault in error.errors(include_url=False):
         faults.setdefault(_locate(tree, fault), []).append(fault)

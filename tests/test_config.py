@@ -350,9 +350,9 @@ SOURCE = TEXT | st.fixed_dictionaries({"path": TEXT}, optional={
     "max_examples": st.none() | COUNT,
 })
 METHOD = st.sampled_from([
-    {}, {"load_in_4bit": True, "adapter": "dora"}, {"load_in_8bit": True, "use_dora": True}, {"use_peft": True},
+    {}, {"load_in_4bit": True, "adapter": "dora"}, {"load_in_8bit": True, "use_dora": True},
     {"quantization_bit": 4, "use_double_quant": True}, {"quant_type": "int4", "quant_group_size": 128},
-    {"quant_type": None, "adapter": "lora"}, {"finetuning_type": "full"},
+    {"quant_type": None, "adapter": "lora"}, {"finetuning_type": "full"}, {"use_peft": True},
 ])
 EVALUATION = st.one_of(
     st.just({}),
@@ -362,7 +362,8 @@ EVALUATION = st.one_of(
                           optional={"exact_match_samples": COUNT}),
 )
 WARMUP = st.one_of(
-    st.fixed_dictionaries({"warmup_ratio": st.floats(0, 0.99)}), st.fixed_dictionaries({"warmup_steps": COUNT})
+    st.fixed_dictionaries({"warmup_ratio": st.floats(0, 0.99)}),
+    st.fixed_dictionaries({"warmup_steps": COUNT}),
 )
 REST = st.fixed_dictionaries({
     "model_name_or_path": TEXT, "datasets": st.lists(SOURCE, min_size=1, max_size=3), "output_dir": TEXT,

@@ -199,8 +199,8 @@ def _load(
     longest = max(len(one.tokens) for one in encoded)
     if not kept:
         raise ValueError(
-            f"{dataset.path}: none of {len(examples)} examples is left: {too_long} are longer than `max_length` "
-            f"{max_length} (the longest has {longest} tokens), {nothing} have no token to learn"
+            f"{dataset.path}: none of {len(examples)} examples is left: {too_long} are longer than "
+            f"`max_length` {max_length} (the longest has {longest} tokens), {nothing} have no token to learn"
         )
     flat = TokenizedSet.of(tokens)
     counts = (len(records), too_long, truncated, nothing, len(kept))

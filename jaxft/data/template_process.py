@@ -1,9 +1,9 @@
 """Chat templates, rendered in a child process under limits.
 
-A chat template is a program that came with a model. Jinja's sandbox keeps it from Python's internals, but not
-from `'a' * 10**9` or endless loops, and no list of forbidden operations would be complete. So a child renders.
-It has a limit on memory (on Linux) and on output, and is killed when it takes too long. It inherits no
-environment variables, so no secrets. One child serves all renders of one template.
+A chat template is a program that came with a model. Jinja's sandbox keeps it from Python's internals, but
+not from `'a' * 10**9` or endless loops, and no list of forbidden operations would be complete. So a child
+renders. It has a limit on memory (on Linux) and on output, and is killed when it takes too long. It inherits
+no environment variables, so no secrets. One child serves all renders of one template.
 
 This file is also the child's program. It imports only Jinja and the standard library, and starts in a
 fraction of a second. Requests and replies are lines of JSON, strictly in turn.
@@ -24,7 +24,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-MEMORY_LIMIT = 1 << 30  # bytes of address space
+MEMORY_LIMIT = 1 << 29  # bytes of address space
 OUTPUT_LIMIT = 1 << 24  # characters of one rendered conversation
 
 

@@ -12,9 +12,8 @@ What the model learns of an assistant turn
   template puts before an answer is learned unless the prompt supplies it. Where the two differ, it begins
   where the template puts a short answer in place of this one.
 - ends with the end-of-turn token that the template writes after it: the first special token, such as
-  `<|im_end|>`. Where no special token follows, all the text that does. What comes after (a newline, the
-  header of the next turn) is not learned. A template that writes nothing after an answer gets the tokenizer's
-  EOS after the last one.
+  `<|im_end|>`. What comes after (a newline, the header of the next turn) is not learned. If no special token
+  ends a turn, all text that follows the last answer does, and EOS ends the conversation.
 
 `{% generation %}` blocks in the template take precedence over all this, but the end of turn is learned in
 any case.
@@ -22,9 +21,10 @@ any case.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import product
 from typing import NamedTuple
 
 from jaxft.data.conversations import Conversation, Message
@@ -53,7 +53,7 @@ class _Marked(NamedTuple):
     closes: list[list[int]]
     generation: list[Span]
     tails: dict[str, str]  # role before an assistant turn -> what the prompt has after that message's content
-    mark: Callable[[Message, str, str], Message]  # how the marks were placed
+    marked: list[Message]  # what was rendered
 
 
 class ChatTemplate:
@@ -86,7 +86,8 @@ class ChatTemplate:
             raise TemplateError("the chat template does not show the assistant's answer")
         after = found.text[found.closes[1][0] :]
         token = self.special.search(after)
-        self.end_of_turn = after[: token.end()] if token else after.rstrip()
+        self.end_of_turn = after[: token.end()] if token else after
+        self._add_eos = not token
 
     def render(self, conversation: Conversation) -> Rendered:
         """The whole conversation. TemplateError (a ValueError) if a turn cannot be located beyond doubt."""
@@ -110,7 +111,7 @@ class ChatTemplate:
             found.text,
             tuple(supervised),
             tuple(self._content_spans(messages, found, starts)),
-            add_eos=not self.end_of_turn and messages[-1].supervised,
+            add_eos=self._add_eos and messages[-1].supervised,
         )
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict] = ()) -> Rendered:
@@ -126,13 +127,16 @@ class ChatTemplate:
         answers: list[int],
         add_generation_prompt: bool = False,
     ) -> _Marked:
-        """Render plainly and with marks, first around the whole contents, then inside their outer blanks,
-        which templates may strip. For one assistant turn after each kind of role, render the prompt of that
-        turn too."""
+        """Render plainly and with marks: around the whole contents, or inside their outer blanks, which
+        templates may strip; and, where a template acts on what a system message says, not in that. For one
+        assistant turn after each kind of role, render the prompt of that turn too."""
         marks = self._free_characters(messages, 2 * len(messages) + 2)
         last_after = {messages[i - 1].role: i for i in answers}
-        for mark in (_around, _inside):
-            marked = [mark(message, *marks[2 * i : 2 * i + 2]) for i, message in enumerate(messages)]
+        for unmarked, mark in product(("", "system"), (_around, _inside)):
+            marked = [
+                message if message.role == unmarked else mark(message, *marks[2 * i : 2 * i + 2])
+                for i, message in enumerate(messages)
+            ]
             blocks = {"generation_start": marks[-2], "generation_end": marks[-1]}
             text, full, *prompts = self._process.render(
                 [
@@ -155,7 +159,7 @@ class ChatTemplate:
             if shown:
                 tails[role] = _take_out(tail, marks)[0]
         generation = list(zip(where[marks[-2]], where[marks[-1]], strict=True))
-        return _Marked(text, opens, closes, generation, tails, mark)
+        return _Marked(text, opens, closes, generation, tails, marked)
 
     def _starts(
         self, messages: Sequence[Message], tools: Sequence[dict], answers: list[int], found: _Marked
@@ -166,7 +170,7 @@ class ChatTemplate:
             before = _only(found.closes[i - 1], messages, i - 1)
             header = found.tails.get(messages[i - 1].role)
             if header is None or not found.text.startswith(header, before):
-                headers = headers or self._headers(messages, tools, answers, found.mark)
+                headers = headers or self._headers(messages, tools, answers, found.marked)
                 header = headers.get(i)
             if header is None or not found.text.startswith(header, before):
                 raise TemplateError(
@@ -180,15 +184,13 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: Sequence[dict],
         answers: list[int],
-        mark: Callable[[Message, str, str], Message],
+        marked: list[Message],
     ) -> dict[int, str]:
         """Assistant turn -> what stands between the content before it and an answer of one character."""
-        marks = self._free_characters(messages, 2 * len(messages))
+        marks = self._free_characters(messages, 2 * len(messages) + 2)
         short = [
-            Message("assistant", marks[2 * i], tool_calls=message.tool_calls)
-            if i in answers
-            else mark(message, *marks[2 * i : 2 * i + 2])
-            for i, message in enumerate(messages)
+            Message("assistant", marks[2 * i], tool_calls=message.tool_calls) if i in answers else message
+            for i, message in enumerate(marked)
         ]
         text, where = _take_out(self._process.render([_job(short, tools, False)])[0], marks)
         places = {i: (where[marks[2 * i - 1]], where[marks[2 * i]]) for i in answers}
@@ -233,7 +235,7 @@ class ChatTemplate:
             if not opens and len(closes) == 1 and i in starts:
                 opens = [starts[i]]
             written = set(self.special.findall(message.content))
-            if len(opens) != len(closes):
+            if not opens or len(opens) != len(closes) or any(map(int.__gt__, opens, closes)):
                 if written:
                     raise TemplateError(
                         f"message {i + 1} holds {written.pop()!r} and the chat template cuts its content"

@@ -71,6 +71,16 @@ def load_model(
     return model
 
 
+def describe_model(config: DecoderConfig, dtype: str, form: Format | None) -> Decoder:
+    """What `load_model` would give, without memory: `jax.ShapeDtypeStruct`s in place of arrays."""
+
+    def make(parameter: Parameter) -> Weight:
+        value = jnp.zeros(parameter.stacked_shape, jnp.dtype(dtype))
+        return quantize(value, form) if form and is_quantized(parameter) else value
+
+    return describe(config, make)
+
+
 def is_quantized(parameter: Parameter) -> bool:
     """Quantization is for the matmuls inside the layers; embedding, output head, norms and biases stay as they are."""
     return parameter.name.endswith("_proj.weight")

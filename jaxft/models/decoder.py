@@ -274,9 +274,10 @@ def _rematerialised(function: Callable, remat: Remat) -> Callable:
     raise ValueError(f"remat is {remat!r}; choose none, full or dots")
 
 
-def describe(config: DecoderConfig, dtype: jnp.dtype = jnp.float32) -> Decoder:
-    """The model without memory: every parameter is a `jax.ShapeDtypeStruct`."""
-    return Decoder(config, lambda parameter: jax.ShapeDtypeStruct(parameter.stacked_shape, dtype), dtype)
+def describe(config: DecoderConfig, make: Make | None = None) -> Decoder:
+    """The model without memory: every parameter is what `make` gives under `jax.eval_shape`, float32 by default."""
+    make = make or (lambda parameter: jnp.zeros(parameter.stacked_shape, jnp.float32))
+    return Decoder(config, lambda parameter: jax.eval_shape(lambda: make(parameter)), jnp.float32)
 
 
 def initialize(config: DecoderConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32, scale: float = 0.02) -> Decoder:

@@ -14,7 +14,8 @@ class Int8:
     """int8 codes in [-127, 127]; scales f32 `[..., out, 1]`, the absmax of the row; w = code * absmax / 127.
 
     The row-wise format of LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339) without its
-    outlier columns: rounding is half to even of w * (127 / absmax), bit for bit as bitsandbytes does it.
+    outlier columns, bit for bit as bitsandbytes' torch kernel does it: codes are w * (1 / absmax * 127), rounded
+    half to even.
     A row has one scale, so `in` may be cut anywhere.
     """
 
@@ -22,8 +23,8 @@ class Int8:
 
     def encode(self, w: jax.Array) -> QTensor:
         scales = blocks.absmax(w, w.shape[-1])
-        steps = 127 / jnp.maximum(scales, blocks.SMALLEST_NORMAL)
-        return QTensor(jnp.round(w.astype(jnp.float32) * steps).astype(jnp.int8), scales, format=self)
+        steps = w.astype(jnp.float32) * (blocks.reciprocal(scales) * 127)
+        return QTensor(jnp.round(steps).astype(jnp.int8), scales, format=self)
 
     def decode(self, q: QTensor) -> jax.Array:
         return q.codes.astype(jnp.float32) * q.scales * jnp.float32(1 / 127)

@@ -1,7 +1,8 @@
 """What training changes, apart from what it leaves alone.
 
-A model is taken apart by Variable type. The trained part is a flat dict of arrays, so gradients, optimizer state and
-checkpoints are dicts with the same keys; the frozen part only travels along.
+A model is taken apart by Variable type: `Adapter` to train adapters, `nnx.Param` to train everything. The trained
+part is a flat dict of arrays, so gradients, optimizer state and checkpoints are dicts with the same keys; the frozen
+part only travels along.
 """
 
 from typing import NamedTuple
@@ -26,18 +27,20 @@ class TrainState(NamedTuple):
 
 
 class Partition:
-    """How a model comes apart into a trained dict and a frozen rest, and together again.
-
-    `Partition(model, Adapter)` trains the adapters; `Partition(model, nnx.Param)` everything.
-    """
+    """How a model comes apart into trained arrays and a frozen rest, and together again. Holds no arrays."""
 
     def __init__(self, model: nnx.Module, trained_type: type[nnx.Variable]):
-        self._graph, trained, self.frozen = nnx.split(model, trained_type, ...)
+        self.trained_type = trained_type
+        self._graph, trained, _ = nnx.split(model, trained_type, ...)
         paths, self._structure = jax.tree_util.tree_flatten_with_path(trained)
-        self._names = [".".join(str(key.key) for key in path[:-1]) for path, _ in paths]
-        self.trained: Trained = dict(zip(self._names, (leaf for _, leaf in paths), strict=True))
+        self.names = tuple(".".join(str(key.key) for key in path[:-1]) for path, _ in paths)
+
+    def split(self, model: nnx.Module) -> tuple[Trained, nnx.State]:
+        """The trained arrays by name, and the rest; both share their memory with the model."""
+        _, trained, frozen = nnx.split(model, self.trained_type, ...)
+        return dict(zip(self.names, jax.tree.leaves(trained), strict=True)), frozen
 
     def join(self, trained: Trained, frozen: nnx.State) -> Decoder:
         """The model with these values; works on tracers."""
-        leaves = [trained[name] for name in self._names]
+        leaves = [trained[name] for name in self.names]
         return nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves), frozen)

@@ -11,19 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from jaxft.data.loader import Batch
 from jaxft.models.decoder import Decoder, project
 from jaxft.objectives.cross_entropy import cross_entropy, next_token_targets
 from jaxft.training.state import Partition, Trained, TrainState
-
-
-class Batch(NamedTuple):
-    """Rows of tokens; with leading axes [B, T], or [A, B, T] for a whole update."""
-
-    tokens: jax.Array  # int32
-    loss_mask: jax.Array  # bool: this token is to be predicted
-    segments: jax.Array  # int32: which example of the row; 0 is padding
-    positions: jax.Array  # int32, from 0 in each example
 
 
 class Metrics(NamedTuple):
@@ -40,8 +34,8 @@ def loss_sum(
     model: Decoder, trained_type: type[nnx.Variable], batch: Batch, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Summed cross-entropy of a batch [B, T] and the number of tokens it was summed over."""
-    hidden = model.hidden(batch.tokens, batch.positions, batch.segments, key)
-    targets, weights = next_token_targets(batch.tokens, batch.loss_mask, batch.segments)
+    hidden = model.hidden(batch.tokens, batch.positions, batch.segment_ids, key)
+    targets, weights = next_token_targets(batch.tokens, batch.loss_mask, batch.segment_ids)
     graph, trained, frozen = nnx.split(model.head, trained_type, ...)
 
     def unembed(trained, frozen, h):
@@ -52,24 +46,29 @@ def loss_sum(
 
 
 def make_train_step(
-    partition: Partition, trained_type: type[nnx.Variable], optimizer: optax.GradientTransformation, seed: int
+    partition: Partition,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    dropout_seed: int | None = None,
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]:
-    """The jitted update; it takes over the buffers of the state it is given.
+    """The jitted update; it takes over the buffers of the state it is given, and returns one placed like `state`.
 
     The gradient is that of the mean over all supervised tokens of all micro-batches and devices. An update whose loss
     or gradient is not finite leaves parameters and optimizer as they were and is counted.
     """
 
     def loss(trained: Trained, frozen: nnx.State, batch: Batch, key: jax.Array):
-        return loss_sum(partition.join(trained, frozen), trained_type, batch, key)
+        return loss_sum(partition.join(trained, frozen), partition.trained_type, batch, key)
 
-    @partial(jax.jit, donate_argnums=0)
+    placed = jax.tree.map(lambda array: array.sharding, state)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(placed, None))
     def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, Metrics]:
-        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
-
         def accumulate(carry, micro):
             index, batch = micro
-            key = jax.random.fold_in(step_key, index)
+            key = None
+            if dropout_seed is not None:
+                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(dropout_seed), state.step), index)
             (total, count), gradient = jax.value_and_grad(loss, has_aux=True)(state.trained, frozen, batch, key)
             return jax.tree.map(jnp.add, carry, (gradient, total, count)), None
 
@@ -94,26 +93,31 @@ def make_train_step(
             skipped=state.skipped + jnp.where(finite, 0, 1),
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
-        tokens = jnp.sum(batch.segments > 0, dtype=jnp.int32)
+        tokens = jnp.sum(batch.segment_ids > 0, dtype=jnp.int32)
         return new_state, Metrics(total / count, norm, count.astype(jnp.int32), tokens, finite)
 
     return step
 
 
-def initial_state(trained: Trained, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update. The trained arrays are copied: a step consumes what it is given."""
-    trained = jax.tree.map(jnp.copy, trained)
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, trained, optimizer.init(trained), jnp.copy(zero), jnp.copy(zero))
+def initial_state(
+    trained: Trained, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+) -> TrainState:
+    """The state before the first update; it takes over the trained arrays."""
+    counters = [jnp.zeros((), jnp.int32) for _ in range(3)]
+    state = TrainState(counters[0], trained, optimizer.init(trained), counters[1], counters[2])
+    if mesh is None:
+        return state
+    replicated = NamedSharding(mesh, P())
+    return jax.tree.map(
+        lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, replicated), state
+    )
 
 
-def make_eval_step(
-    partition: Partition, trained_type: type[nnx.Variable]
-) -> Callable[[Trained, nnx.State, Batch], tuple[jax.Array, jax.Array]]:
+def make_eval_step(partition: Partition) -> Callable[[Trained, nnx.State, Batch], tuple[jax.Array, jax.Array]]:
     """Jitted (loss sum, count) of a batch [B, T]."""
 
     @jax.jit
     def step(trained: Trained, frozen: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return loss_sum(partition.join(trained, frozen), trained_type, batch, None)
+        return loss_sum(partition.join(trained, frozen), partition.trained_type, batch, None)
 
     return step

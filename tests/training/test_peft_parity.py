@@ -11,10 +11,11 @@ import jaxft
 from jaxft.adapters.attach import attach, factors_of
 from jaxft.adapters.targets import LoraConfig
 from jaxft.config import Config
+from jaxft.data.loader import Batch
 from jaxft.models.linear import Adapter
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import Partition
-from jaxft.training.step import Batch, initial_state, make_train_step
+from jaxft.training.step import initial_state, make_train_step
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -53,7 +54,7 @@ def torch_run(model_dir, adapter_dir, batches: Batch) -> tuple[list[float], dict
         labels = np.where(batches.loss_mask[step], batches.tokens[step], -100)[:, :, 1:]
         count, total = (labels != -100).sum(), 0.0
         for micro in range(ACCUMULATION):
-            tokens, mask = torch.tensor(batches.tokens[step, micro]), torch.tensor(batches.segments[step, micro])
+            tokens, mask = torch.tensor(batches.tokens[step, micro]), torch.tensor(batches.segment_ids[step, micro])
             logits = model(tokens, attention_mask=mask).logits[:, :-1]
             target = torch.tensor(labels[micro]).long()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum") / count
@@ -71,20 +72,21 @@ def torch_run(model_dir, adapter_dir, batches: Batch) -> tuple[list[float], dict
 @pytest.mark.parity
 @pytest.mark.slow
 def test_fifty_updates_equal_peft(material, smollm2, tmp_path):
-    config = Config(model_name_or_path=str(smollm2), output_dir="x", datasets=["x"], **SETTINGS)
+    config = Config(model_name_or_path=str(smollm2), output_dir="x", datasets=[{"path": "x"}], **SETTINGS)
     model = attach(jaxft.load_model(smollm2), LoraConfig(r=8, lora_alpha=16), jax.random.key(0))
     jaxft.save_adapter(model, tmp_path / "start")
     batches = gsm8k_batches(material, smollm2)
 
     partition = Partition(model, Adapter)
-    optimizer = make_optimizer(config, STEPS, partition.trained)
-    step = make_train_step(partition, Adapter, optimizer, seed=0)
-    state = initial_state(partition.trained, optimizer)
+    trained, frozen = partition.split(model)
+    optimizer = make_optimizer(config, STEPS, partition.names)
+    state = initial_state(trained, optimizer)
+    step = make_train_step(partition, optimizer, state)
     ours = []
     for index in range(STEPS):
-        state, metrics = step(state, partition.frozen, Batch(*(field[index] for field in batches)))
+        state, metrics = step(state, frozen, Batch(*(field[index] for field in batches)))
         ours.append(float(metrics.loss))
-    tuned = factors_of(partition.join(state.trained, partition.frozen))
+    tuned = factors_of(partition.join(state.trained, frozen))
 
     theirs, adapter = torch_run(smollm2, tmp_path / "start", batches)
     assert theirs[-1] < 0.9 * theirs[0], "the run should learn something"

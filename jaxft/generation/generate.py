@@ -1,0 +1,222 @@
+"""Text generation in batches, with a key-value cache.
+
+Prompts of different lengths are padded on the left, so that all rows write their next token into the same slot:
+one call fills the cache with the prompts, then a loop on the device adds a token to every row until each has ended.
+Prompt and cache lengths are rounded up to multiples of `BUCKET`, so few shapes are ever compiled.
+
+Axes: B rows, P prompt slots, S cache slots, V vocabulary.
+"""
+
+import warnings
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxft.generation.sampling import Sampling, choose, row_keys
+from jaxft.models.config import DecoderConfig
+from jaxft.models.decoder import Cache, Decoder
+from jaxft.sharding.layout import ways
+from jaxft.sharding.mesh import BATCH_AXES, batch_sharding, batch_ways
+
+BUCKET = 64
+
+
+class _Rows(NamedTuple):
+    """A padded batch of prompts."""
+
+    tokens: jax.Array  # [B, P] int32
+    segments: jax.Array  # [B, P] int32
+    lengths: jax.Array  # [B] int32, of the prompts
+    limits: jax.Array  # [B] int32, the most tokens to add
+
+
+class _Progress(NamedTuple):
+    """What the loop carries."""
+
+    cache: Cache
+    chosen: jax.Array  # [B, S] int32, new tokens
+    step: jax.Array  # int32, how many tokens were chosen for every row
+    count: jax.Array  # [B] int32, how many of them are the row's text
+    alive: jax.Array  # [B] bool: the text goes on
+    broken: jax.Array  # [B] bool: it ended in logits that were not finite
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """What the model writes after each prompt, up to the first of `eos_ids`, which is left out.
+
+    A text ends at the model's last position at the latest, with a warning. Rope type `dynamic` knows no last one.
+
+    Args:
+        prompts: token ids, special tokens included.
+        max_new_tokens: the most that is written after a prompt.
+        eos_ids: tokens that end a text; empty: nothing does.
+        temperature: 0 takes the most likely token; above, tokens are drawn from softmax(logits / temperature).
+        top_p: draw from the most likely tokens that together have this probability; 1 = from all.
+        seed: of the draws. The same seed and prompt give the same text in any batch (see `sampling`).
+
+    Raises:
+        ValueError: an argument out of its range; a prompt that is empty, fills all positions or holds ids that the
+            model does not have; logits that are not finite.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; it must be 0 (the most likely token) or a positive number")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    if len(prompts) == 0:
+        return []
+    ids = [_checked(model.config, f"prompts[{row}]", prompt) for row, prompt in enumerate(prompts)]
+    limits = [min(max_new_tokens, _room(model.config, len(prompt))) for prompt in ids]
+    mesh = None if model.activations is None else model.activations.mesh
+    rows = _pad(ids, limits, mesh)
+    sampling = None
+    if temperature > 0:
+        keys = row_keys(seed, ids + ids[:1] * (len(rows.tokens) - len(ids)))
+        sampling = Sampling(keys, jnp.float32(temperature), None if top_p == 1 else jnp.float32(top_p))
+
+    logits, cache = _prefill(model, rows, slots=_rounded(rows.tokens.shape[1] + max(limits) - 1))
+    stops = np.array(sorted(eos_ids), np.int32)
+    end = _decode(model, cache, logits, rows.lengths, rows.limits, stops, sampling)
+    chosen, count, broken = (np.asarray(array)[: len(ids)] for array in end)
+    if broken.any():
+        row = broken.argmax()
+        raise ValueError(
+            f"prompts[{row}]: the model's logits are not finite after {count[row]} new tokens; "
+            "look for NaN or inf in its weights and its adapter"
+        )
+    if full := [row for row in range(len(ids)) if count[row] == limits[row] < max_new_tokens]:
+        warnings.warn(
+            f"prompts {full}: the text ends at the model's last position ({model.config.rope.max_positions} in all), "
+            f"before max_new_tokens ({max_new_tokens})",
+            stacklevel=2,
+        )
+    return [new[:n].tolist() for new, n in zip(chosen, count, strict=True)]
+
+
+def _checked(config: DecoderConfig, name: str, prompt: Sequence[int]) -> np.ndarray:
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or ids.size == 0:
+        raise ValueError(f"{name} holds no token ids; a prompt has at least one, such as BOS")
+    if not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(
+            f"{name} holds something else than ids from 0 to {config.vocab_size - 1}, the model's vocabulary; "
+            "is the tokenizer that of the model?"
+        )
+    if _room(config, ids.size) < 1:
+        raise ValueError(
+            f"{name} has {ids.size} tokens and the model {config.rope.max_positions} positions, "
+            "which leaves no room to go on; shorten it"
+        )
+    return ids.astype(np.int32)
+
+
+def _room(config: DecoderConfig, length: int) -> int:
+    """How many positions are left after a prompt."""
+    return np.iinfo(np.int32).max if config.rope.type == "dynamic" else config.rope.max_positions - length
+
+
+def _rounded(length: int) -> int:
+    return -(-length // BUCKET) * BUCKET
+
+
+def _pad(prompts: Sequence[np.ndarray], limits: Sequence[int], mesh: Mesh | None) -> _Rows:
+    """Prompts padded on the left and, on a mesh, with idle rows that have nothing to add."""
+    idle = 0 if mesh is None else -len(prompts) % batch_ways(mesh)
+    prompts, limits = [*prompts, *[prompts[0]] * idle], [*limits, *[0] * idle]
+    lengths = [len(prompt) for prompt in prompts]
+    tokens, segments = np.zeros((2, len(prompts), _rounded(max(lengths))), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, -len(prompt) :] = prompt
+        segments[row, -len(prompt) :] = 1
+    rows = _Rows(tokens, segments, np.array(lengths, np.int32), np.array(limits, np.int32))
+    return rows if mesh is None else jax.device_put(rows, batch_sharding(mesh))
+
+
+@partial(jax.jit, static_argnames="slots")
+def _prefill(model: Decoder, rows: _Rows, slots: int) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] after the prompts, and a cache of `slots` that holds them."""
+    batch, width = rows.tokens.shape
+    positions = jnp.arange(width, dtype=jnp.int32) - (width - rows.lengths[:, None])
+    cache = _sharded(model, model.empty_cache(batch, slots))
+    h, cache = model.extend(cache, rows.tokens, jnp.maximum(positions, 0), rows.segments)
+    return model.unembed(h[:, -1]), cache
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _decode(
+    model: Decoder,
+    cache: Cache,
+    logits: jax.Array,
+    lengths: jax.Array,
+    limits: jax.Array,
+    stops: jax.Array,
+    sampling: Sampling | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """New tokens [B, S], how many are each row's text [B], and which rows ended in logits that were not finite [B].
+
+    `cache` holds the prompts and `logits` [B, V] follow them; `stops` are the ids that end a text.
+    """
+
+    def choose_next(progress: _Progress, logits: jax.Array) -> _Progress:
+        token = choose(logits, progress.step, sampling)
+        finite = jnp.isfinite(logits).all(axis=-1)
+        is_text = progress.alive & finite & (token[:, None] != stops).all(axis=-1)
+        count = progress.count + is_text.astype(jnp.int32)
+        return _Progress(
+            cache=progress.cache,
+            chosen=progress.chosen.at[:, progress.step].set(token),
+            step=progress.step + 1,
+            count=count,
+            alive=is_text & (count < limits),
+            broken=progress.broken | (progress.alive & ~finite),
+        )
+
+    def add_token(progress: _Progress) -> _Progress:
+        last = progress.step - 1
+        token = jax.lax.dynamic_slice_in_dim(progress.chosen, last, 1, axis=1)
+        h, cache = model.extend(progress.cache, token, (lengths + last)[:, None], jnp.ones_like(token))
+        return choose_next(progress._replace(cache=cache), model.unembed(h[:, 0]))
+
+    start = _Progress(
+        cache=cache,
+        chosen=jnp.zeros_like(cache.segments),
+        step=jnp.int32(0),
+        count=jnp.zeros_like(limits),
+        alive=limits > 0,
+        broken=jnp.zeros_like(limits, bool),
+    )
+    end = jax.lax.while_loop(lambda progress: progress.alive.any(), add_token, choose_next(start, logits))
+    result = end.chosen, end.count, end.broken
+    if model.activations is None:
+        return result
+    # Whole on every device, so that every host can read it.
+    return jax.lax.with_sharding_constraint(result, NamedSharding(model.activations.mesh, P()))
+
+
+def _sharded(model: Decoder, cache: Cache) -> Cache:
+    """The cache with its rows, and its heads where they divide, cut over the model's mesh."""
+    if model.activations is None:
+        return cache
+    mesh = model.activations.mesh
+    heads = "tensor" if model.config.num_kv_heads % ways(mesh, "tensor") == 0 else None
+    by_head = NamedSharding(mesh, P(None, BATCH_AXES, None, heads))
+    return cache._replace(
+        layers=jax.lax.with_sharding_constraint(cache.layers, by_head),
+        segments=jax.lax.with_sharding_constraint(cache.segments, batch_sharding(mesh)),
+    )

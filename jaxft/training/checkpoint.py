@@ -1,0 +1,314 @@
+"""Checkpoints that come back bit for bit, or say why they cannot.
+
+Orbax writes a step into a temporary directory and renames it when it is whole. It holds two items: `state`, every
+array of the train state under its dotted name, and `manifest`: name, dtype, shape and SHA-256 of each array, the run's
+progress, and a SHA-256 of the manifest itself. What does not match its manifest is damaged and never used: a run goes
+on from the newest step that is intact. Arrays are gathered to the host once per save and placed by the template on
+restore, so the mesh may change in between.
+
+One process owns the directory at a time (`jaxft.training.run_directory` sees to it): opening it removes what a killed
+save left behind.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxft.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+# Orbax logs a failed save as pages of tracebacks; what fails is raised or reported here.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
+
+_OVERHEAD = 1 << 20  # bytes of a checkpoint beside its arrays, generously
+_LISTED = 5  # differences named in one message
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or used; what is on disk is as it was."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A step does not match its manifest."""
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held."""
+
+    step: int
+    state: TrainState
+    progress: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of a run: the newest `keep`, and besides them the best.
+
+    >>> checkpoints = Checkpoints(directory, keep=2)  # doctest: +SKIP
+    >>> checkpoints.save(10, state, {"data": iterator.get_state()})  # doctest: +SKIP
+    >>> step, state, progress = checkpoints.restore(template=state)  # doctest: +SKIP
+
+    Args:
+        directory: made if missing.
+        keep: how many of the newest steps to keep, 1 or more.
+    """
+
+    def __init__(self, directory: str | Path, keep: int):
+        if keep < 1:
+            raise ValueError(f"keep at least one checkpoint, not {keep}")
+        self.directory = Path(directory).absolute()
+        self._keep = keep
+        self._damaged: list[int] = []  # newer than the step the run goes on from
+        self._pending: int | None = None  # being written
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(use_compression=False),  # trained floats hardly compress
+            "manifest": ocp.JsonCheckpointHandler(),
+        }
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished)
+            self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers)
+        except OSError as error:
+            raise CheckpointError(f"{self.directory}: cannot hold checkpoints: {error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Finish the save in progress; raises CheckpointError if it failed."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps written completely, oldest first, without those that `restore` found damaged."""
+        self.wait()
+        return sorted(set(self._manager.all_steps()) - set(self._damaged))
+
+    def best_step(self) -> int | None:
+        """The newest step saved with `keep_as_best`; None if there is none."""
+        for step in reversed(self.steps()):
+            try:
+                if self._manifest(step)["best"]:
+                    return step
+            except DamagedCheckpointError as error:
+                logger.warning("%s; it cannot be the best checkpoint", error)
+        return None
+
+    def save(self, step: int, state: TrainState, progress: dict[str, Any], *, keep_as_best: bool = False) -> None:
+        """Start to write a checkpoint; it counts from the next `wait`, `steps`, `save` or `close` on.
+
+        The arrays are copied before this returns, so the state may be donated to the next update.
+
+        Args:
+            step: greater than that of every checkpoint there.
+            state: all finite.
+            progress: whatever else the run needs to go on, as JSON.
+            keep_as_best: keep this step, and no longer an earlier best one, whatever comes after it.
+
+        Raises:
+            CheckpointError: a value is not finite, the disk lacks space, or this or the previous save failed. The
+                checkpoints there before are untouched.
+        """
+        if (there := self.steps()) and there[-1] >= step:
+            raise CheckpointError(f"{self.directory}: cannot save step {step} after step {there[-1]}")
+        arrays = _on_host(state)
+        for name, array in arrays.items():
+            if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array).all():
+                raise CheckpointError(f"step {step} is not saved: {name} holds values that are not finite")
+        for damaged in self._damaged:  # nothing can be read from them, and their steps come again
+            self._manager.delete(damaged)
+        self._damaged = []
+        self._require_space(step, sum(array.nbytes for array in arrays.values()))
+        manifest = {"step": step, "best": keep_as_best, "progress": progress, "arrays": _describe(arrays)}
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(_sealed(manifest))
+        )
+        try:
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._pending = step
+
+    def wait(self) -> None:
+        """Wait until the save in progress is on disk, then delete the steps no longer to be kept.
+
+        Raises:
+            CheckpointError: the save failed.
+        """
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failure(step, error) from error
+        there = self.steps()
+        kept = {*there[-self._keep :], self.best_step()}
+        for outdated in set(there) - kept:
+            self._manager.delete(outdated)
+
+    def restore(self, template: TrainState, step: int | None = None) -> Restored:
+        """The newest intact checkpoint, or that of one step.
+
+        Without `step`, damaged checkpoints are passed over, with a warning that says which, why and what is used
+        instead; the next save deletes them.
+
+        Args:
+            template: a state of this run; gives names, shapes, dtypes and shardings.
+            step: as from `best_step`.
+
+        Raises:
+            DamagedCheckpointError: the given step is damaged.
+            CheckpointError: no such step, none intact, or arrays that differ from the template's.
+        """
+        there = self.steps()
+        if step is not None:
+            if step not in there:
+                raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; there are {there}")
+            return self._restore(template, step)
+        problems: dict[int, str] = {}
+        for candidate in reversed(there):
+            try:
+                restored = self._restore(template, candidate)
+            except DamagedCheckpointError as error:
+                problems[candidate] = str(error)
+                continue
+            for problem in problems.values():
+                logger.warning("%s; going on from step %d instead", problem, candidate)
+            self._damaged += problems
+            return restored
+        found = "".join(f"\n  {problem}" for problem in problems.values()) or " there are none"
+        raise CheckpointError(f"{self.directory}: no intact checkpoint to go on from:{found}")
+
+    def _restore(self, template: TrainState, step: int) -> Restored:
+        manifest = self._manifest(step)
+        recorded, wanted = manifest["arrays"], _named(template)
+        if differences := list(_differences(recorded, wanted)):
+            listed = "".join(f"\n  {line}" for line in differences[:_LISTED])
+            more = f"\n  and {len(differences) - _LISTED} more" if len(differences) > _LISTED else ""
+            raise CheckpointError(f"{self._path(step)} is not of this model and optimizer:{listed}{more}")
+        plain = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in recorded}
+        arrays = self._read(step, state=ocp.args.PyTreeRestore(restore_args=plain)).state
+        found = _describe(arrays)
+        if changed := [name for name in recorded if found.get(name) != recorded[name]]:
+            raise DamagedCheckpointError(
+                f"{self._path(step)} is damaged: {changed[0]} does not match its SHA-256"
+                + (f", nor do {len(changed) - 1} more" if changed[1:] else "")
+            )
+        leaves = [_place(arrays[name], leaf) for name, leaf in wanted.items()]
+        state = jax.tree.unflatten(jax.tree.structure(template), leaves)
+        return Restored(step, state, manifest["progress"])
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        manifest = self._read(step, manifest=ocp.args.JsonRestore()).manifest
+        body = {key: value for key, value in manifest.items() if key != "sha256"}
+        if manifest.get("sha256") != _sha256_of_json(body):
+            raise DamagedCheckpointError(f"{self._path(step)} is damaged: its manifest does not match its SHA-256")
+        if body["step"] != step:
+            raise DamagedCheckpointError(f"{self._path(step)} is damaged: it holds step {body['step']}")
+        return body
+
+    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # Orbax and TensorStore raise anything at a damaged directory
+            raise DamagedCheckpointError(f"{self._path(step)} is damaged: {_reason(error)}") from error
+
+    def _require_space(self, step: int, size: int) -> None:
+        free = shutil.disk_usage(self.directory).free
+        if free < size + _OVERHEAD:
+            raise CheckpointError(
+                f"step {step} is not saved: {self.directory} has {free / 1e6:.0f} MB of free space, a checkpoint "
+                f"takes {(size + _OVERHEAD) / 1e6:.0f} MB; {self._last_good()}"
+            )
+
+    def _failure(self, step: int, error: Exception) -> CheckpointError:
+        self._manager.reload()  # forget the step that is not there
+        return CheckpointError(f"{self._path(step)} could not be written: {_reason(error)}; {self._last_good()}")
+
+    def _last_good(self) -> str:
+        there = self.steps()
+        return f"the checkpoint of step {there[-1]} is there to resume from" if there else "there is none before it"
+
+    def _path(self, step: int) -> Path:
+        return self.directory / str(step)
+
+
+def state_digest(state: TrainState) -> str:
+    """SHA-256 of the trained parameters and the optimizer state: names, dtypes, shapes and bytes, in order of name.
+
+    Equal states have equal digests, however they are sharded.
+    """
+    arrays = _on_host(state)
+    return _sha256_of_json(_describe({n: a for n, a in arrays.items() if n.startswith(("trained.", "optimizer."))}))
+
+
+def _named(state: TrainState) -> dict[str, jax.Array]:
+    """Dotted name -> leaf, in the order of the leaves."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    assert len(named) == len(leaves), "two leaves of one name"
+    return named
+
+
+def _on_host(state: TrainState) -> dict[str, np.ndarray]:
+    return jax.device_get(_named(state))
+
+
+def _describe(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of arrays, by name."""
+    return {
+        name: {
+            "dtype": str(array.dtype),
+            "shape": list(array.shape),
+            "sha256": hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest(),
+        }
+        for name, array in arrays.items()
+    }
+
+
+def _differences(recorded: dict[str, dict[str, Any]], wanted: dict[str, jax.Array]) -> list[str]:
+    """A line per array that the checkpoint and the template do not share."""
+    ours = {name: f"{array.dtype} {list(array.shape)}" for name, array in wanted.items()}
+    theirs = {name: f"{array['dtype']} {array['shape']}" for name, array in recorded.items()}
+    return [
+        f"{name}: {theirs.get(name, 'missing')} in the checkpoint, {ours.get(name, 'missing')} in the run"
+        for name in {**ours, **theirs}
+        if theirs.get(name) != ours.get(name)
+    ]
+
+
+def _place(array: np.ndarray, like: jax.Array) -> jax.Array:
+    """On the devices of `like`; on none in particular where it was not bound to any."""
+    if not like.committed:
+        return jnp.array(array)
+    return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
+
+
+def _sealed(body: dict[str, Any]) -> dict[str, Any]:
+    """The body as JSON returns it, with its SHA-256."""
+    body = json.loads(json.dumps(body))
+    return {**body, "sha256": _sha256_of_json(body)}
+
+
+def _sha256_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    """What a library's error says, without TensorStore's description of itself."""
+    return (str(error).partition(" [tensorstore_spec=")[0].splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,141 @@
+"""Everything a run needs to know before the first weight is read: mesh, tokenizer, data, order, number of steps."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from transformers import AutoTokenizer
+
+from jaxft.adapters.attach import attach
+from jaxft.adapters.targets import LoraConfig
+from jaxft.config import Config
+from jaxft.data.chat import Renderer
+from jaxft.data.loader import Schedule
+from jaxft.data.prepare import Prepared, prepare
+from jaxft.data.tokenized import check_vocabulary
+from jaxft.hub.load import describe_model, load_model, read_json
+from jaxft.hub.peft import load_adapter
+from jaxft.hub.resolve import ResolvedModel, resolve_model
+from jaxft.models.config import DecoderConfig
+from jaxft.models.decoder import Decoder
+from jaxft.models.families import decoder_config
+from jaxft.models.linear import Adapter
+from jaxft.quantization.formats import parse_format
+from jaxft.quantization.qtensor import Format
+from jaxft.sharding.mesh import batch_ways, make_mesh
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What `gather` found."""
+
+    config: Config
+    mesh: Mesh
+    resolved: ResolvedModel
+    decoder: DecoderConfig
+    renderer: Renderer
+    data: Prepared
+    schedule: Schedule
+    total_steps: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of one micro-batch, over all devices."""
+        return self.config.micro_batch_size * batch_ways(self.mesh)
+
+    @property
+    def trained_type(self) -> type[nnx.Variable]:
+        return nnx.Param if self.config.adapter == "none" else Adapter
+
+    @property
+    def quantization(self) -> Format | None:
+        kind = self.config.quantization
+        if kind is None:
+            return None
+        group_size = self.config.quant_group_size if kind == "int4" else None
+        return parse_format(kind, double_quant=self.config.use_double_quant, group_size=group_size)
+
+    @property
+    def storage(self) -> str:
+        """dtype of stored weights: float32 where they are trained, whatever they are computed in."""
+        return "float32" if self.config.adapter == "none" else self.config.dtype
+
+    @property
+    def lora(self) -> LoraConfig:
+        c = self.config
+        return LoraConfig(
+            r=c.lora_r,
+            lora_alpha=c.lora_alpha,
+            target_modules=c.lora_target_modules,
+            lora_dropout=c.lora_dropout,
+            use_rslora=c.use_rslora,
+            use_dora=c.use_dora,
+            rank_pattern=c.rank_pattern,
+            alpha_pattern=c.alpha_pattern,
+        )
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 of the tokenizer's vocabulary, merges and special tokens, and of the chat template."""
+        digest = hashlib.sha256(self.renderer.tokenizer.backend_tokenizer.to_str().encode())
+        digest.update(repr(sorted(self.renderer.tokenizer.special_tokens_map.items())).encode())
+        return digest.hexdigest()
+
+    def load(self) -> Decoder:
+        """The base on the mesh, with the adapter that is to be trained."""
+        c = self.config
+        model = load_model(
+            c.model_name_or_path, self.storage, self.quantization, self.mesh, revision=c.model_revision, remat=c.remat
+        )
+        model.dtype = jax.numpy.dtype(c.dtype)
+        if c.adapter == "none":
+            return model
+        if c.adapter_name_or_path is not None:
+            return load_adapter(model, c.adapter_name_or_path)
+        return attach(model, self.lora, jax.random.key(c.seed))
+
+    def describe(self) -> Decoder:
+        """What `load` gives, without memory."""
+        model = describe_model(self.decoder, self.storage, self.quantization)
+        if self.config.adapter == "none":
+            return model
+        return jax.eval_shape(lambda base: attach(base, self.lora, jax.random.key(0)), model)
+
+
+def gather(config: Config) -> Inputs:
+    """Find the model, read and tokenize the data, and fix the order of the batches.
+
+    Raises:
+        ValueError: whatever is wrong with the model's directory, the data or the mesh.
+    """
+    mesh = make_mesh(config.mesh.model_dump())
+    resolved = resolve_model(config.model_name_or_path, config.model_revision)
+    decoder = decoder_config(read_json(Path(resolved.path) / "config.json"))
+    tokenizer = AutoTokenizer.from_pretrained(resolved.path, trust_remote_code=False)
+    renderer = Renderer(tokenizer, config.chat_template)
+    data = prepare(
+        config.datasets,
+        renderer,
+        max_length=config.max_length,
+        eval_datasets=config.eval_datasets,
+        val_set_size=config.val_set_size,
+        excess_length_strategy=config.excess_length_strategy,
+        assistant_only_loss=config.assistant_only_loss,
+        seed=config.seed,
+    )
+    check_vocabulary([*data.train, data.eval], decoder.vocab_size)
+    schedule = Schedule(
+        data.train,
+        micro_batch_size=config.micro_batch_size * batch_ways(mesh),
+        accumulation_steps=config.gradient_accumulation_steps,
+        max_length=config.max_length,
+        packing=config.packing,
+        weights=data.weights,
+        seed=config.seed,
+    )
+    total_steps = config.max_steps or max(schedule.steps(config.num_train_epochs), 1)
+    return Inputs(config, mesh, resolved, decoder, renderer, data, schedule, total_steps)

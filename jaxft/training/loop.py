@@ -1,0 +1,241 @@
+"""The training loop, from the first batch to the last checkpoint. It reads top to bottom."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+from typing import Any, Self
+
+import jax
+from flax import nnx
+
+from jaxft.config import Config
+from jaxft.data.loader import Batch, eval_batches, stream
+from jaxft.models.decoder import Decoder
+from jaxft.sharding.mesh import batch_sharding
+from jaxft.training.checkpoint import Checkpoints
+from jaxft.training.inputs import Inputs
+from jaxft.training.logging import MetricsLog, Progress
+from jaxft.training.optimizer import learning_rate_schedule, make_optimizer
+from jaxft.training.state import Partition, Trained, TrainState
+from jaxft.training.step import Metrics, initial_state, make_eval_step, make_train_step
+
+PREEMPTED = 75
+"""Exit code of a run that was told to stop (SIGTERM, SIGINT), saved a checkpoint and can be resumed."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """Too many updates in a row had a loss or gradient that is not finite."""
+
+
+class Preempted(Exception):
+    """The run was told to stop; everything it needs to go on is in the checkpoint of `step`."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped by a signal after step {step}; resume with resume_from_checkpoint=true")
+        self.step = step
+
+
+@dataclass
+class Window:
+    """Sums since the last line of the log."""
+
+    loss: float = 0.0  # summed over supervised tokens
+    supervised: int = 0
+    tokens: int = 0
+
+    def add(self, metrics: Metrics) -> None:
+        self.loss += float(metrics.loss) * int(metrics.supervised)
+        self.supervised += int(metrics.supervised)
+        self.tokens += int(metrics.tokens)
+
+
+@dataclass
+class Bookkeeping:
+    """What a checkpoint holds beside the state, as JSON, so that a resumed run goes on as if nothing had happened."""
+
+    data: Any = None  # the iterator's own state
+    tokens: int = 0
+    window: Window = field(default_factory=Window)
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    stopped_early: bool = False
+    last_eval_loss: float | None = None
+
+    @classmethod
+    def of(cls, progress: dict[str, Any]) -> Self:
+        return cls(**progress | {"window": Window(**progress["window"])})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training ended with. `model` has the weights of the best evaluation, or the last ones."""
+
+    model: Decoder
+    state: TrainState
+    step: int
+    exported_step: int
+    bookkeeping: Bookkeeping
+    seconds: float
+
+
+def fit(
+    inputs: Inputs, model: Decoder, checkpoints: Checkpoints, log: MetricsLog, progress: Progress, resume: bool
+) -> Outcome:
+    """Train `model`, whose trained arrays are given up to the loop, and return it tuned.
+
+    Raises:
+        Preempted: a signal asked the run to stop; a checkpoint was saved.
+        NonFiniteLossError: `max_nonfinite_steps` updates in a row were skipped.
+    """
+    config, began = inputs.config, time.monotonic()
+    partition = Partition(model, inputs.trained_type)
+    trained, frozen = partition.split(model)
+    optimizer = make_optimizer(config, inputs.total_steps, partition.names)
+    state = initial_state(trained, optimizer, inputs.mesh)
+    train_step = make_train_step(partition, optimizer, state, config.seed if config.lora_dropout else None)
+    eval_step = make_eval_step(partition)
+    learning_rate = learning_rate_schedule(config, inputs.total_steps)
+    batches, books = stream(inputs.schedule), Bookkeeping()
+    place = jax.tree_util.Partial(jax.device_put, device=batch_sharding(inputs.mesh, leading=1))
+
+    if resume and checkpoints.steps():
+        _, state, saved = checkpoints.restore(state)
+        books = Bookkeeping.of(saved)
+        batches.set_state(books.data)
+    step = int(state.step)
+
+    def evaluate(trained: Trained) -> float:
+        return mean_loss(inputs, eval_step, trained, frozen)
+
+    if step == 0 and len(inputs.data.eval):
+        log_evaluation(log, progress, 0, evaluate(state.trained))
+
+    with StopSignal() as stop:
+        clock, batch = time.monotonic(), None
+        while step < inputs.total_steps and not books.stopped_early:
+            batch = place(next(batches)) if batch is None else batch
+            state, metrics = train_step(state, frozen, batch)
+            books.data = batches.get_state()
+            step += 1
+            batch = place(next(batches)) if step < inputs.total_steps else None  # while the device works
+            metrics = jax.device_get(metrics)
+            books.window.add(metrics)
+            if not metrics.finite and int(state.skipped_in_a_row) >= config.max_nonfinite_steps:
+                raise NonFiniteLossError(
+                    f"step {step}: loss {float(metrics.loss)}, gradient norm {float(metrics.grad_norm)}; "
+                    f"{config.max_nonfinite_steps} updates in a row were not finite and were skipped. "
+                    "Lower learning_rate, or look at the data of these steps"
+                )
+
+            record = None
+            if step % config.logging_steps == 0 or step == inputs.total_steps:
+                window, books.window = books.window, Window()
+                books.tokens += window.tokens
+                now = time.monotonic()
+                record = {
+                    "step": step,
+                    "epoch": round(inputs.schedule.epoch(step), 4),
+                    "loss": window.loss / max(window.supervised, 1),
+                    "grad_norm": float(metrics.grad_norm),
+                    "learning_rate": float(learning_rate(step - 1)),
+                    "tokens": books.tokens,
+                    "tokens_per_second": window.tokens / (now - clock),
+                    "skipped_updates": int(state.skipped),
+                }
+                log.log(record)
+                clock = now
+            progress.update(step, record)
+
+            improved = False
+            if len(inputs.data.eval) and is_evaluation(inputs, step):
+                pause = time.monotonic()
+                loss = evaluate(state.trained)
+                log_evaluation(log, progress, step, loss)
+                improved = note_evaluation(books, config, step, loss)
+                clock += time.monotonic() - pause
+            finished = step == inputs.total_steps or books.stopped_early
+            due = config.save_steps is not None and step % config.save_steps == 0
+            if improved or due or finished or stop.requested:
+                checkpoints.save(step, state, asdict(books), keep_as_best=improved)
+            if stop.requested and not finished:
+                checkpoints.wait()
+                raise Preempted(step)
+
+    checkpoints.wait()
+    exported, exported_step = state, step
+    if config.load_best_model_at_end and books.best_step not in (None, step):
+        exported_step, exported, _ = checkpoints.restore(state, books.best_step)
+    tuned = partition.join(exported.trained, frozen)
+    return Outcome(tuned, state, step, exported_step, books, time.monotonic() - began)
+
+
+def mean_loss(
+    inputs: Inputs, eval_step: Callable[..., tuple[jax.Array, jax.Array]], trained: Trained, frozen: nnx.State
+) -> float:
+    """Cross-entropy per supervised token over the whole held-out set."""
+    total, count = 0.0, 0.0
+    sharding = batch_sharding(inputs.mesh)
+    for batch in eval_batches(inputs.data.eval, batch_size=inputs.rows, max_length=inputs.config.max_length):
+        rows = Batch(*(field[0] for field in batch))
+        batch_total, batch_count = eval_step(trained, frozen, jax.device_put(rows, sharding))
+        total, count = total + float(batch_total), count + float(batch_count)
+    return total / count
+
+
+def is_evaluation(inputs: Inputs, step: int) -> bool:
+    """Every `eval_steps` updates, or at the end of every epoch, and after the last update."""
+    if step == inputs.total_steps:
+        return True
+    if inputs.config.eval_steps is not None:
+        return step % inputs.config.eval_steps == 0
+    return math.floor(inputs.schedule.epoch(step)) > math.floor(inputs.schedule.epoch(step - 1))
+
+
+def log_evaluation(log: MetricsLog, progress: Progress, step: int, loss: float) -> None:
+    record = {"step": step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+    log.log(record)
+    progress.message(f"step {step}: held-out loss {loss:.4f}, perplexity {record['eval_perplexity']:.3f}")
+
+
+def note_evaluation(books: Bookkeeping, config: Config, step: int, loss: float) -> bool:
+    """Keep the score for early stopping and the best checkpoint; True for a new best."""
+    books.last_eval_loss = loss
+    if books.best_eval_loss is None or loss < books.best_eval_loss:
+        books.best_eval_loss, books.best_step, books.evaluations_without_gain = loss, step, 0
+        return True
+    books.evaluations_without_gain += 1
+    patience = config.early_stopping_patience
+    books.stopped_early = patience is not None and books.evaluations_without_gain >= patience
+    return False
+
+
+class StopSignal(AbstractContextManager):
+    """Turns the first SIGTERM or SIGINT into a request to stop at the next step; the second acts as usual."""
+
+    def __init__(self):
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

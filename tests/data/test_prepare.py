@@ -1,0 +1,183 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxft.config import DatasetConfig
+from jaxft.data.chat import Renderer
+from jaxft.data.prepare import prepare
+
+
+@pytest.fixture(scope="session")
+def renderer(byte_tokenizer):
+    return Renderer(byte_tokenizer, "chatml")
+
+
+OVERHEAD = len("<user\n>\n<assistant\n>\n")  # bytes around question and answer, special tokens as one each
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, *pairs: tuple[str, str]) -> str:
+        lines = [json.dumps({"prompt": question, "completion": answer}) for question, answer in pairs]
+        (tmp_path / name).write_text("\n".join(lines))
+        return str(tmp_path / name)
+
+    return write
+
+
+def spec(path: str, **options) -> DatasetConfig:
+    return DatasetConfig(path=path, **options)
+
+
+def answers(examples) -> list[str]:
+    return [bytes(tokens[mask][:-1].tolist()).decode() for tokens, mask in examples]
+
+
+def test_counts_of_every_example(write, renderer):
+    path = write("a.jsonl", ("q" * 10, "a" * 5), ("q" * 10, "a" * 30), ("q" * 90, "a"), ("q", "b"))
+    limit = OVERHEAD + 20
+    dropped = prepare([spec(path)], renderer, max_length=limit)
+    source = dropped.report.sources[0]
+    assert (source.read, source.kept, source.too_long, source.truncated, source.nothing_to_learn) == (
+        4,
+        2,
+        2,
+        0,
+        0,
+    )
+    assert (source.tokens, source.supervised) == (2 * OVERHEAD + 10 + 5 + 1 + 1, 5 + 1 + 1 + 1)
+    assert source.longest == OVERHEAD + 91
+    assert answers(dropped.train[0]) == ["aaaaa", "b"]
+
+    cut = prepare([spec(path)], renderer, max_length=limit, excess_length_strategy="truncate")
+    source = cut.report.sources[0]
+    assert (source.read, source.kept, source.too_long, source.truncated, source.nothing_to_learn) == (
+        4,
+        3,
+        0,
+        1,
+        1,
+    )
+    assert cut.train[0].lengths.tolist() == [OVERHEAD + 15, limit, OVERHEAD + 2]
+    assert cut.train[0][1].loss_mask.sum() == limit - (OVERHEAD + 10 - 2)
+
+    with pytest.raises(ValueError, match=rf"{path}:2: {OVERHEAD + 40} tokens, but `max_length` is {limit}"):
+        prepare([spec(path)], renderer, max_length=limit, excess_length_strategy="raise")
+    with pytest.raises(
+        ValueError, match=rf"{path}: none of 4 examples is left: 4 are longer than `max_length` 5"
+    ):
+        prepare([spec(path)], renderer, max_length=5)
+
+
+def test_report_reads_as_text(write, renderer):
+    path = write("a.jsonl", *[(f"q{i}", "a") for i in range(10)], ("q0", "a"))
+    text = str(prepare([spec(path)], renderer, max_length=40, val_set_size=3, seed=5).report)
+    assert f"{path}: completion (detected by prompt, completion) -> chat template" in text
+    assert "11 examples read, 11 kept; dropped: 0 too long, 0 with nothing to learn; cut: 0" in text
+    assert "held out 3 examples" in text
+
+
+def test_held_out_examples_come_with_their_prompts(write, renderer):
+    first = write("a.jsonl", *[(f"q{i}", f"a{i}") for i in range(20)])
+    second = write("b.jsonl", *[(f"r{i}", f"b{i}") for i in range(20)], ("q3", "a3"), ("q4", "a4"))
+    prepared = prepare([spec(first), spec(second)], renderer, max_length=64, val_set_size=0.25, seed=3)
+    assert prepared.report.held_out == len(prepared.eval) == len(prepared.eval_examples)
+    assert prepared.report.train == sum(map(len, prepared.train)) == 42 - len(prepared.eval)
+    assert len(prepared.eval) in (10, 11)
+    assert not set(answers(prepared.eval)) & {text for source in prepared.train for text in answers(source)}
+    for example, (tokens, mask) in zip(prepared.eval_examples, prepared.eval, strict=True):
+        prompt, reference = renderer.prompt(example)
+        np.testing.assert_array_equal(prompt, tokens[: np.flatnonzero(mask)[0]])
+        assert reference == bytes(tokens[mask][:-1].tolist()).decode()
+
+
+def test_separate_eval_sets(write, renderer):
+    train = write("a.jsonl", *[(f"q{i}", "a") for i in range(5)])
+    test = write("b.jsonl", ("r", "a"), ("s", "a"))
+    prepared = prepare([spec(train)], renderer, max_length=64, eval_datasets=[spec(test)])
+    assert (prepared.report.train, prepared.report.held_out) == (5, 2)
+    assert prepared.report.eval_sources[0].read == 2
+    leaking = write("c.jsonl", ("r", "a"), ("q3 ", "a"))
+    with pytest.raises(
+        ValueError, match=rf"1 held-out examples are also trained on \({train}:4 = {leaking}:2\)"
+    ):
+        prepare([spec(train)], renderer, max_length=64, eval_datasets=[spec(leaking)])
+    with pytest.raises(ValueError, match=r"`eval_datasets` and `val_set_size` are both given"):
+        prepare([spec(train)], renderer, max_length=64, eval_datasets=[spec(test)], val_set_size=1)
+
+
+def test_settings_of_a_source(write, renderer, tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"question": "q", "answer": "a"}\n{"question": "r", "answer": "b"}')
+    columns = {"prompt": "question", "completion": "answer"}
+    prepared = prepare([spec(str(path), columns=columns, max_examples=1)], renderer, max_length=64)
+    assert answers(prepared.train[0]) == ["a"]
+    whole = prepare([spec(str(path), columns=columns)], renderer, max_length=64, assistant_only_loss=False)
+    assert whole.report.train_supervised == whole.report.train_tokens - 2
+
+
+def test_weights_are_for_all_sources_or_none(write, renderer):
+    paths = [write(name, ("q" + name, "a")) for name in ("a.jsonl", "b.jsonl")]
+    with_weights = [spec(paths[0], weight=2.0), spec(paths[1], weight=1.0)]
+    assert prepare(with_weights, renderer, max_length=64).weights == (2.0, 1.0)
+    assert prepare([spec(path) for path in paths], renderer, max_length=64).weights is None
+    with pytest.raises(ValueError, match=r"b\.jsonl: no `weight`, but other datasets have one"):
+        prepare([with_weights[0], spec(paths[1])], renderer, max_length=64)
+
+
+def test_fingerprint_sees_the_data(write, renderer):
+    path = write("a.jsonl", *[(f"q{i}", "a") for i in range(10)])
+
+    def fingerprint(**options) -> str:
+        return prepare([spec(path)], renderer, **{"max_length": 64, **options}).fingerprint()
+
+    first = fingerprint()
+    assert fingerprint() == first
+    assert len({first, fingerprint(val_set_size=2), fingerprint(val_set_size=2, seed=1)}) == 3
+    assert fingerprint(assistant_only_loss=False) != first
+    write("a.jsonl", *[(f"q{i}", "a") for i in range(9)], ("q9", "b"))
+    assert fingerprint() != first
+
+
+def test_nothing_to_learn_anywhere(renderer, tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": turns}))
+    with pytest.raises(ValueError, match=r"none of 1 examples is left: .* 1 have no token to learn"):
+        prepare([spec(str(path))], renderer, max_length=64)
+
+
+def test_a_source_that_is_held_out_entirely(write, renderer):
+    paths = [write("a.jsonl", *[(f"q{i}", "a") for i in range(30)]), write("b.jsonl", ("r", "a"))]
+    outcomes = set()
+    for seed in range(12):
+        try:
+            prepare([spec(path) for path in paths], renderer, max_length=64, val_set_size=10, seed=seed)
+            outcomes.add("kept")
+        except ValueError as error:
+            outcomes.add(str(error))
+    assert outcomes == {"kept", f"{paths[1]}: `val_set_size` 10 holds out all of its examples"}
+
+
+def test_real_data(material: Path, real_tokenizer):
+    """SmolLM2 on GSM8K: counts against a plain count with transformers."""
+    tokenizer = real_tokenizer("SmolLM2-135M-Instruct")
+    columns = {"prompt": "question", "completion": "answer"}
+    path = material / "data/gsm8k/test.jsonl"
+    few = spec(str(path), columns=columns, max_examples=300)
+    prepared = prepare([few], Renderer(tokenizer), max_length=256, val_set_size=100)
+    records = [json.loads(line) for line in path.read_text().splitlines()[:300]]
+    turns = [
+        [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}]
+        for r in records
+    ]
+    lengths = [len(tokenizer.apply_chat_template(turn, return_dict=False)) for turn in turns]
+    report = prepared.report.sources[0]
+    assert report.read == len(records)
+    assert report.too_long == sum(length > 256 for length in lengths)
+    assert report.tokens == sum(length for length in lengths if length <= 256)
+    assert report.longest == max(lengths)
+    answered = [len(tokenizer(r["answer"]).input_ids) + 1 for r in records]
+    assert report.supervised == sum(a for a, length in zip(answered, lengths, strict=True) if length <= 256)
