@@ -145,7 +145,7 @@ class Renderer:
     def _tokenize(self, rendered: Sequence[Rendered]) -> list[Tokenized]:
         encoding = self.tokenizer(
             [one.text for one in rendered],
-            add_special_tokens=True,
+            add_special_tokens=False,
             split_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,

@@ -83,6 +83,7 @@ def _start() -> subprocess.Popen:
         stdout=subprocess.PIPE,
         encoding="ascii",
         env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        start_new_session=True,  # Ctrl-C is for the parent; the child ends when its input does
     )
 
 

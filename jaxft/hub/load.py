@@ -113,6 +113,17 @@ def check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
         raise ValueError(f"{checkpoint.directory}: tensors do not fit config.json; " + "; ".join(problems))
 
 
+def eos_token_ids(directory: Path, tokenizer_eos: int | None) -> list[int]:
+    """Tokens that end a text: those of generation_config.json, else of config.json, and the tokenizer's own."""
+    found = {tokenizer_eos}
+    for name in ("generation_config.json", "config.json"):
+        declared = read_json(directory / name).get("eos_token_id") if (directory / name).exists() else None
+        if declared is not None:
+            found |= set(declared) if isinstance(declared, list) else {declared}
+            break
+    return sorted(found - {None})
+
+
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Identifies the weights without reading all of them: three samples from each tensor, its start, middle and end."""
     digest = hashlib.sha256()

@@ -4,11 +4,11 @@ The absmax values of one weight matrix, less their mean, are cut row-major into 
 divided by the absmax of its block is rounded to the nearest of the 256 values of the dynamic map. All is done
 in the order and the roundings of bitsandbytes, so that equal weights give equal bits:
 
-* the mean adds up as torch does on one x86 thread (`_mean`). torch itself differs by an ulp or two from 32768
-  blocks on (2M weights), where it splits the sum among its threads, and so does a GPU; the offset is stored,
-  so a different mean costs no accuracy.
+* the mean adds up as torch does on one x86 thread (`_mean`). From 32768 blocks on (2M weights) torch splits
+  the sum among its threads, a GPU adds in an order of its own, and both then differ by an ulp or two; the
+  offset is stored, so a different mean costs no accuracy.
 * nearest is decided at the midpoints, as the CUDA kernel and the pure torch operation do. The C++ kernel for
-  CPU rounds through a table of 65536 bins instead and gives other codes for about a value in a hundred.
+  CPU rounds through a table of 65536 bins instead, which gives a few values in a thousand another code.
 """
 
 import jax

@@ -3,7 +3,7 @@
 The format of QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3; levels in appendix E).
 Where rows are whole blocks, codes and scales equal those of bitsandbytes bit for bit. For other widths
 bitsandbytes lets blocks run on from one row into the next; here each row ends in a short block of its own,
-so that rows can be sharded. It then costs up to one more scale per row and is never less accurate for it.
+so that rows can be sharded. That costs at most one more scale to a row.
 """
 
 import dataclasses

@@ -1,13 +1,13 @@
 """Checkpoints that come back bit for bit, or say why they cannot.
 
-Orbax writes a step into a temporary directory and renames it when it is whole. It holds two items: `state`, every
-array of the train state under its dotted name, and `manifest`: name, dtype, shape and SHA-256 of each array, the run's
-progress, and a SHA-256 of the manifest itself. What does not match its manifest is damaged and never used: a run goes
-on from the newest step that is intact. Arrays are gathered to the host once per save and placed by the template on
-restore, so the mesh may change in between.
+Orbax writes a step into a temporary directory and renames it when it is whole. A step has two items.
+`state` is every array of the train state under its dotted name. `manifest` is the dtype, shape and SHA-256
+of each, the run's progress, and a SHA-256 of the manifest itself. What does not match its manifest is
+damaged and never used: a run goes on from the newest intact step. Arrays are gathered to the host once per
+save and placed by the template on restore, so the mesh may change in between.
 
-One process owns the directory at a time (`jaxft.training.run_directory` sees to it): opening it removes what a killed
-save left behind.
+One process owns the directory at a time (`jaxft.training.run_directory` sees to it): opening it removes
+what a killed save left behind.
 """
 
 import hashlib
@@ -108,7 +108,9 @@ class Checkpoints:
                 logger.warning("%s; it cannot be the best checkpoint", error)
         return None
 
-    def save(self, step: int, state: TrainState, progress: dict[str, Any], *, keep_as_best: bool = False) -> None:
+    def save(
+        self, step: int, state: TrainState, progress: dict[str, Any], *, keep_as_best: bool = False
+    ) -> None:
         """Start to write a checkpoint; it counts from the next `wait`, `steps`, `save` or `close` on.
 
         The arrays are copied before this returns, so the state may be donated to the next update.
@@ -120,8 +122,8 @@ class Checkpoints:
             keep_as_best: keep this step, and no longer an earlier best one, whatever comes after it.
 
         Raises:
-            CheckpointError: a value is not finite, the disk lacks space, or this or the previous save failed. The
-                checkpoints there before are untouched.
+            CheckpointError: a value is not finite, the disk lacks space, or this or the previous save failed.
+                The checkpoints there before are untouched.
         """
         if (there := self.steps()) and there[-1] >= step:
             raise CheckpointError(f"{self.directory}: cannot save step {step} after step {there[-1]}")
@@ -164,8 +166,8 @@ class Checkpoints:
     def restore(self, template: TrainState, step: int | None = None) -> Restored:
         """The newest intact checkpoint, or that of one step.
 
-        Without `step`, damaged checkpoints are passed over, with a warning that says which, why and what is used
-        instead; the next save deletes them.
+        Without `step`, damaged checkpoints are passed over, with a warning that says which, why and what is
+        used instead; the next save deletes them.
 
         Args:
             template: a state of this run; gives names, shapes, dtypes and shardings.
@@ -217,7 +219,9 @@ class Checkpoints:
         manifest = self._read(step, manifest=ocp.args.JsonRestore()).manifest
         body = {key: value for key, value in manifest.items() if key != "sha256"}
         if manifest.get("sha256") != _sha256_of_json(body):
-            raise DamagedCheckpointError(f"{self._path(step)} is damaged: its manifest does not match its SHA-256")
+            raise DamagedCheckpointError(
+                f"{self._path(step)} is damaged: its manifest does not match its SHA-256"
+            )
         if body["step"] != step:
             raise DamagedCheckpointError(f"{self._path(step)} is damaged: it holds step {body['step']}")
         return body
@@ -232,29 +236,34 @@ class Checkpoints:
         free = shutil.disk_usage(self.directory).free
         if free < size + _OVERHEAD:
             raise CheckpointError(
-                f"step {step} is not saved: {self.directory} has {free / 1e6:.0f} MB of free space, a checkpoint "
-                f"takes {(size + _OVERHEAD) / 1e6:.0f} MB; {self._last_good()}"
+                f"step {step} is not saved: {self.directory} has {free / 1e6:.0f} MB of free space, "
+                f"a checkpoint takes {(size + _OVERHEAD) / 1e6:.0f} MB; {self._last_good()}"
             )
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
         self._manager.reload()  # forget the step that is not there
-        return CheckpointError(f"{self._path(step)} could not be written: {_reason(error)}; {self._last_good()}")
+        return CheckpointError(
+            f"{self._path(step)} could not be written: {_reason(error)}; {self._last_good()}"
+        )
 
     def _last_good(self) -> str:
         there = self.steps()
-        return f"the checkpoint of step {there[-1]} is there to resume from" if there else "there is none before it"
+        if not there:
+            return "there is none before it"
+        return f"the checkpoint of step {there[-1]} is there to resume from"
 
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
 
 
 def state_digest(state: TrainState) -> str:
-    """SHA-256 of the trained parameters and the optimizer state: names, dtypes, shapes and bytes, in order of name.
+    """SHA-256 of the trained parameters and the optimizer state: names, dtypes, shapes and bytes.
 
-    Equal states have equal digests, however they are sharded.
+    Equal states have equal digests, however they are sharded and ordered.
     """
     arrays = _on_host(state)
-    return _sha256_of_json(_describe({n: a for n, a in arrays.items() if n.startswith(("trained.", "optimizer."))}))
+    result = {name: arrays[name] for name in arrays if name.startswith(("trained.", "optimizer."))}
+    return _sha256_of_json(_describe(result))
 
 
 def _named(state: TrainState) -> dict[str, jax.Array]:

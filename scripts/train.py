@@ -1,0 +1,8 @@
+"""Fine-tune a model: `python scripts/train.py --config FILE [--dry-run] [key=value ...]`."""
+
+import sys
+
+from jaxft.cli.train import main
+
+if __name__ == "__main__":
+    sys.exit(main())
