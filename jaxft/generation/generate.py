@@ -90,9 +90,8 @@ def generate(
         keys = row_keys(seed, ids + ids[:1] * (len(rows.tokens) - len(ids)))
         sampling = Sampling(keys, jnp.float32(temperature), None if top_p == 1 else jnp.float32(top_p))
 
-    logits, cache = _prefill(model, rows, slots=_rounded(rows.tokens.shape[1] + max(limits) - 1))
     stops = np.array(sorted(eos_ids), np.int32)
-    end = _decode(model, cache, logits, rows.lengths, rows.limits, stops, sampling)
+    end = _complete(model, rows, stops, sampling, slots=_rounded(rows.tokens.shape[1] + max(limits) - 1))
     chosen, count, broken = (np.asarray(array)[: len(ids)] for array in end)
     if broken.any():
         row = broken.argmax()
@@ -149,29 +148,14 @@ def _pad(prompts: Sequence[np.ndarray], limits: Sequence[int], mesh: Mesh | None
 
 
 @partial(jax.jit, static_argnames="slots")
-def _prefill(model: Decoder, rows: _Rows, slots: int) -> tuple[jax.Array, Cache]:
-    """Logits [B, V] after the prompts, and a cache of `slots` that holds them."""
-    batch, width = rows.tokens.shape
-    positions = jnp.arange(width, dtype=jnp.int32) - (width - rows.lengths[:, None])
-    cache = _sharded(model, model.empty_cache(batch, slots))
-    h, cache = model.extend(cache, rows.tokens, jnp.maximum(positions, 0), rows.segments)
-    return model.unembed(h[:, -1]), cache
-
-
-@partial(jax.jit, donate_argnames="cache")
-def _decode(
-    model: Decoder,
-    cache: Cache,
-    logits: jax.Array,
-    lengths: jax.Array,
-    limits: jax.Array,
-    stops: jax.Array,
-    sampling: Sampling | None,
+def _complete(
+    model: Decoder, rows: _Rows, stops: jax.Array, sampling: Sampling | None, slots: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """New tokens [B, S], how many are each row's text [B], and which rows ended in logits that were not finite [B].
 
-    `cache` holds the prompts and `logits` [B, V] follow them; `stops` are the ids that end a text.
+    `stops` are the ids that end a text, `slots` is the length of the cache.
     """
+    batch, width = rows.tokens.shape
 
     def choose_next(progress: _Progress, logits: jax.Array) -> _Progress:
         token = choose(logits, progress.step, sampling)
@@ -183,25 +167,30 @@ def _decode(
             chosen=progress.chosen.at[:, progress.step].set(token),
             step=progress.step + 1,
             count=count,
-            alive=is_text & (count < limits),
+            alive=is_text & (count < rows.limits),
             broken=progress.broken | (progress.alive & ~finite),
         )
 
     def add_token(progress: _Progress) -> _Progress:
         last = progress.step - 1
         token = jax.lax.dynamic_slice_in_dim(progress.chosen, last, 1, axis=1)
-        h, cache = model.extend(progress.cache, token, (lengths + last)[:, None], jnp.ones_like(token))
+        position = (rows.lengths + last)[:, None]
+        h, cache = model.extend(progress.cache, token, position, jnp.ones_like(token))
         return choose_next(progress._replace(cache=cache), model.unembed(h[:, 0]))
 
+    positions = jnp.arange(width, dtype=jnp.int32) - (width - rows.lengths[:, None])
+    cache = _sharded(model, model.empty_cache(batch, slots))
+    h, cache = model.extend(cache, rows.tokens, jnp.maximum(positions, 0), rows.segments)
     start = _Progress(
         cache=cache,
-        chosen=jnp.zeros_like(cache.segments),
+        chosen=jnp.zeros((batch, slots), jnp.int32),
         step=jnp.int32(0),
-        count=jnp.zeros_like(limits),
-        alive=limits > 0,
-        broken=jnp.zeros_like(limits, bool),
+        count=jnp.zeros(batch, jnp.int32),
+        alive=rows.limits > 0,
+        broken=jnp.zeros(batch, bool),
     )
-    end = jax.lax.while_loop(lambda progress: progress.alive.any(), add_token, choose_next(start, logits))
+    first = choose_next(start, model.unembed(h[:, -1]))
+    end = jax.lax.while_loop(lambda progress: progress.alive.any(), add_token, first)
     result = end.chosen, end.count, end.broken
     if model.activations is None:
         return result

@@ -14,7 +14,7 @@ class Int8:
     """int8 codes in [-127, 127]; scales f32 `[..., out, 1]`, the absmax of the row; w = code * absmax / 127.
 
     The row-wise format of LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339) without its
-    outlier columns, bit for bit as bitsandbytes' torch kernel does it: codes are w * (1 / absmax * 127), rounded
+    outlier columns, bit for bit as bitsandbytes' torch kernel does it: w * (1 / absmax * 127) is rounded
     half to even.
     A row has one scale, so `in` may be cut anywhere.
     """
