@@ -1,5 +1,6 @@
 """What every test shares: eight virtual CPU devices, strict dtype promotion, and real models where they are at hand."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,8 +12,14 @@ import chex
 
 chex.set_n_cpu_devices(8)
 
-import jax  # noqa: E402  (the device count must be set first)
+# The device count must be set before anything touches jax.
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+from jaxft.hub.safetensors import write_checkpoint  # noqa: E402
+from jaxft.models.decoder import describe, parameters  # noqa: E402
+from jaxft.models.families import decoder_config  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -49,3 +56,23 @@ def smollm2(material: Path, request: pytest.FixtureRequest) -> Path:
         shutil.copytree(staging, directory, dirs_exist_ok=True)
         shutil.rmtree(staging)
     return directory
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory):
+    """`random_checkpoint(config, seed=0)`: a Hugging Face directory of a config.json's dict, every weight random."""
+
+    def make(config: dict, seed: int = 0) -> Path:
+        directory = tmp_path_factory.mktemp("model")
+        (directory / "config.json").write_text(json.dumps(config))
+        rng = np.random.default_rng(seed)
+        tensors = {}
+        for parameter, _ in parameters(describe(decoder_config(config))):
+            for name in parameter.names:
+                scale = 1 / np.sqrt(parameter.shape[-1]) if len(parameter.shape) > 1 else 0.2
+                mean = 1.0 if "norm" in name else 0.0
+                tensors[name] = rng.normal(mean, scale, parameter.shape).astype(np.float32)
+        write_checkpoint(directory, tensors, tensors.__getitem__)
+        return directory
+
+    return make

@@ -236,7 +236,7 @@ def _report_data(
         batch=(c.micro_batch_size, c.gradient_accumulation_steps, batch_ways(inputs.mesh)),
         device=f"{len(devices)} × {devices[0].device_kind}",
         seconds=outcome.seconds,
-        finished=datetime.now(),
+        finished=datetime.now().astimezone(),
         versions=versions,
         exact_match=match,
     )

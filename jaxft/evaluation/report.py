@@ -16,6 +16,7 @@ import jinja2
 
 from jaxft.data.prepare import Report as DataReport
 from jaxft.evaluation.chart import Chart, Points, lowest, make_chart
+from jaxft.models.count import ParameterCount
 
 
 class Sample(NamedTuple):
@@ -25,15 +26,6 @@ class Sample(NamedTuple):
     reference: str
     base: str
     tuned: str
-
-
-class ParameterCount(NamedTuple):
-    """Parameters stored in one way, as in ("nf4", 106_168_320, 54_743_040, False)."""
-
-    format: str
-    count: int
-    bytes: int
-    trained: bool
 
 
 class ExactMatch(NamedTuple):

@@ -1,8 +1,8 @@
 """Text generation in batches, with a key-value cache.
 
-Prompts of different lengths are padded on the left, so that all rows write their next token into the same slot:
-one call fills the cache with the prompts, then a loop on the device adds a token to every row until each has ended.
-Prompt and cache lengths are rounded up to multiples of `BUCKET`, so few shapes are ever compiled.
+Prompts of different lengths are padded on the left, so that all rows write their next token into the same
+slot: one call fills the cache with the prompts, then a loop on the device adds a token to every row until all
+have ended. Prompt and cache lengths are rounded up to multiples of `BUCKET`, so few shapes are ever compiled.
 
 Axes: B rows, P prompt slots, S cache slots, V vocabulary.
 """
@@ -44,7 +44,7 @@ class _Progress(NamedTuple):
     step: jax.Array  # int32, how many tokens were chosen for every row
     count: jax.Array  # [B] int32, how many of them are the row's text
     alive: jax.Array  # [B] bool: the text goes on
-    broken: jax.Array  # [B] bool: it ended in logits that were not finite
+    broken: jax.Array  # [B] bool: it ended in logits that are not finite
 
 
 def generate(
@@ -59,24 +59,25 @@ def generate(
 ) -> list[list[int]]:
     """What the model writes after each prompt, up to the first of `eos_ids`, which is left out.
 
-    A text ends at the model's last position at the latest, with a warning. Rope type `dynamic` knows no last one.
+    A text ends at the model's last position at the latest, with a warning. Where the rope type is `dynamic`
+    there is no last position.
 
     Args:
         prompts: token ids, special tokens included.
         max_new_tokens: the most that is written after a prompt.
         eos_ids: tokens that end a text; empty: nothing does.
-        temperature: 0 takes the most likely token; above, tokens are drawn from softmax(logits / temperature).
+        temperature: 0 takes the most likely token; above 0, draws come from softmax(logits / temperature).
         top_p: draw from the most likely tokens that together have this probability; 1 = from all.
         seed: of the draws. The same seed and prompt give the same text in any batch (see `sampling`).
 
     Raises:
-        ValueError: an argument out of its range; a prompt that is empty, fills all positions or holds ids that the
-            model does not have; logits that are not finite.
+        ValueError: an argument out of its range; a prompt that is empty, fills all positions or holds unknown
+            ids; logits that are not finite.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; it must be 0 (the most likely token) or a positive number")
+        raise ValueError(f"temperature is {temperature}; it must be 0 (no draws) or a positive number")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
     if len(prompts) == 0:
@@ -101,8 +102,8 @@ def generate(
         )
     if full := [row for row in range(len(ids)) if count[row] == limits[row] < max_new_tokens]:
         warnings.warn(
-            f"prompts {full}: the text ends at the model's last position ({model.config.rope.max_positions} in all), "
-            f"before max_new_tokens ({max_new_tokens})",
+            f"prompts {full}: the text ends before max_new_tokens ({max_new_tokens}), "
+            f"where the model's {model.config.rope.max_positions} positions are full",
             stacklevel=2,
         )
     return [new[:n].tolist() for new, n in zip(chosen, count, strict=True)]
@@ -114,7 +115,7 @@ def _checked(config: DecoderConfig, name: str, prompt: Sequence[int]) -> np.ndar
         raise ValueError(f"{name} holds no token ids; a prompt has at least one, such as BOS")
     if not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= config.vocab_size:
         raise ValueError(
-            f"{name} holds something else than ids from 0 to {config.vocab_size - 1}, the model's vocabulary; "
+            f"{name} holds ids outside the model's vocabulary, 0 to {config.vocab_size - 1}; "
             "is the tokenizer that of the model?"
         )
     if _room(config, ids.size) < 1:
@@ -151,7 +152,7 @@ def _pad(prompts: Sequence[np.ndarray], limits: Sequence[int], mesh: Mesh | None
 def _complete(
     model: Decoder, rows: _Rows, stops: jax.Array, sampling: Sampling | None, slots: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """New tokens [B, S], how many are each row's text [B], and which rows ended in logits that were not finite [B].
+    """New tokens [B, S], how many of them are each row's text [B], and which rows ended in bad logits [B].
 
     `stops` are the ids that end a text, `slots` is the length of the cache.
     """

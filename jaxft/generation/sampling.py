@@ -1,7 +1,8 @@
 """How the next token is chosen: the most likely one, or one drawn from the softmax.
 
-Every row draws from a stream of its own, made from the seed, the row's prompt and how many rows before it have
-the same prompt. So a row's text does not depend on what else is in the batch, and copies of a prompt differ.
+Every row draws from a stream of its own, made from the seed, the row's prompt and how many rows before it
+have the same prompt. So a row's text does not depend on what else is in the batch, and copies of a prompt
+differ.
 
 Axes: B rows, V vocabulary.
 """

@@ -241,7 +241,6 @@ class Checkpoints:
             )
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
-        self._manager.reload()  # forget the step that is not there
         return CheckpointError(
             f"{self._path(step)} could not be written: {_reason(error)}; {self._last_good()}"
         )

@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 import pytest
 
 from jaxft.data.prepare import Report, SourceReport
-from jaxft.evaluation.report import ExactMatch, ParameterCount, ReportData, Sample, write_report
+from jaxft.evaluation.report import ExactMatch, ReportData, Sample, write_report
+from jaxft.models.count import ParameterCount
 
 VOID = {"meta", "br"}
 SOURCE = SourceReport("data/a.jsonl", "messages", 11934, 212, 3, 41, 11681, 3_188_402, 1_402_118, 6120)

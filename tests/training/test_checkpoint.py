@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from jaxft.training.step import initial_state
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 Q, V, NORM = "model.layers.self_attn.q_proj.A", "model.layers.self_attn.v_proj.B", "model.norm.weight"
+LARGE = 100_000  # rows; 3.2 MB in each of three arrays
 CUT = P("fsdp", "tensor")
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.0, 1e-2, 5)))
 
@@ -99,7 +101,7 @@ def test_state_may_be_donated_while_it_is_written(tmp_path):
     def overwrite(state):
         return jax.tree.map(lambda leaf: leaf * jnp.asarray(-3, leaf.dtype), state)
 
-    state = make_state(1, rows=4096)
+    state = make_state(1, rows=LARGE)
     expected = state_digest(state)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, state, {})
@@ -414,36 +416,39 @@ def test_space_is_checked_first(tmp_path, monkeypatch):
         assert checkpoints.steps() == [1]
 
 
-def test_a_disk_that_fills_up_leaves_the_last_good_step(tmp_path):
+@contextmanager
+def full_disk():
+    """No file may grow beyond what a large state needs; those of the test runner itself are small."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_fills_up_leaves_the_last_good_step(tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(1, make_state(1, rows=4096), {"at": 1}, keep_as_best=True)
+        checkpoints.save(1, make_state(1, rows=LARGE), {"at": 1}, keep_as_best=True)
         checkpoints.wait()
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-            checkpoints.save(2, make_state(2, rows=4096), {"at": 2}, keep_as_best=True)
+        with full_disk():
+            checkpoints.save(2, make_state(2, rows=LARGE), {"at": 2}, keep_as_best=True)
             with pytest.raises(
                 CheckpointError, match=r"2 could not be written: .*step 1 is there to resume from"
             ):
                 checkpoints.wait()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert (checkpoints.steps(), checkpoints.best_step()) == ([1], 1)
-        assert_same(checkpoints.restore(make_state(rows=4096)).state, make_state(1, rows=4096))
-        checkpoints.save(2, make_state(2, rows=4096), {"at": 2})  # there is space again
-        assert checkpoints.restore(make_state(rows=4096)).progress == {"at": 2}
+        assert_same(checkpoints.restore(make_state(rows=LARGE)).state, make_state(1, rows=LARGE))
+        checkpoints.save(2, make_state(2, rows=LARGE), {"at": 2})  # there is space again
+        assert checkpoints.restore(make_state(rows=LARGE)).progress == {"at": 2}
 
 
 def test_a_failed_save_surfaces_when_the_run_ends(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpoints = Checkpoints(tmp_path, keep=1)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        checkpoints.save(1, make_state(1, rows=4096), {})
+    with full_disk():
+        checkpoints.save(1, make_state(1, rows=LARGE), {})
         with pytest.raises(CheckpointError, match="1 could not be written"):
             checkpoints.close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.steps() == []
     assert not list(tmp_path.iterdir())

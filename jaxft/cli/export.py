@@ -1,0 +1,262 @@
+"""Take the result of a finished run away, as a PEFT adapter or merged into the original weights.
+
+Only what is beyond doubt leaves: the run's files are as it wrote them, the base is the one it was trained
+on, and what was written is read back. A merge starts from the unquantized base, in float32, whatever the run
+computed in. The chat template and the token that ends an answer go along, so that what is served is what was
+trained.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.adapters.merge import merge
+from jaxft.cli.command import end_of_turn, exit_code, load_tokenizer
+from jaxft.config import Config
+from jaxft.config_file import load_config
+from jaxft.data.chat import Renderer
+from jaxft.hub.load import describe_model, eos_token_ids, fingerprint, load_model, read_json
+from jaxft.hub.peft import CONFIG_FILE, TENSOR_STEM, load_adapter
+from jaxft.hub.resolve import resolve_model
+from jaxft.hub.safetensors import Checkpoint
+from jaxft.hub.save import copy_companions, save_model
+from jaxft.models.config import Source
+from jaxft.models.decoder import Decoder
+from jaxft.models.families import decoder_config
+
+DTYPES = ("float32", "bfloat16", "float16")
+TOLERANCE = 1e-5  # between logits before and after writing, relative to the largest
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its directory, its config, what `run.json` holds, and the directory of its result."""
+
+    path: Path
+    config: Config
+    record: dict[str, Any]
+    result: Path
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file in a directory, by its relative path; a run records them for its result."""
+    result = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            result[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return result
+
+
+def open_result(directory: Path) -> Run:
+    """A run whose result is complete and undamaged.
+
+    Raises:
+        ValueError: no run, one that has not finished, or files that are not as it wrote them.
+    """
+    for name in ("run.json", "config.yaml"):
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory}: not the output_dir of a run: it has no {name}")
+    config, record = load_config(directory / "config.yaml"), read_json(directory / "run.json")
+    result = directory / ("model" if config.adapter == "none" else "adapter")
+    if not record.get("finished"):
+        missing = "" if result.is_dir() else f", and there is no {result.name}/"
+        raise ValueError(
+            f"{directory}: the run has not finished{missing}; "
+            "go on with it (resume_from_checkpoint=true), then export it"
+        )
+    if lacking := {"fingerprints", "result_sha256", "chat_template"} - record.keys():
+        raise ValueError(
+            f"{directory / 'run.json'} lacks {', '.join(sorted(lacking))}: damaged, or of another version"
+        )
+    found = digests(result)
+    for name, recorded in record["result_sha256"].items():
+        if found.get(name) != recorded:
+            fault = "does not match the SHA-256 in run.json: damaged" if name in found else "is missing"
+            raise ValueError(
+                f"{result / name} {fault}; put back a copy, or move {result.name}/ away and run the training "
+                "again with resume_from_checkpoint=true, which writes it from the last checkpoint"
+            )
+    return Run(directory, config, record, result)
+
+
+def find_base(run: Run) -> Source:
+    """The unquantized base that the adapter was trained on, at the same commit.
+
+    Raises:
+        ValueError: it is not there, or there are other weights in its place.
+    """
+    name = run.config.model_name_or_path
+    resolved = resolve_model(name, read_json(run.result / CONFIG_FILE)["revision"])
+    found = fingerprint(Checkpoint.open(resolved.path))
+    if found != (recorded := run.record["fingerprints"]["base"]):
+        raise ValueError(
+            f"{name}: not the weights that {run.path} was trained on (fingerprint {found[:12]}, recorded "
+            f"{recorded[:12]}); put them back"
+        )
+    return Source(name, str(resolved.path), resolved.revision, found)
+
+
+def write_adapter(run: Run, directory: Path) -> None:
+    """The adapter as PEFT reads it, with tokenizer and template. Reads no weights of the base."""
+    if run.config.adapter == "none":
+        raise ValueError(f"{run.path}: the run trained every weight (adapter: none); use --format merged")
+    source = find_base(run)
+    for name in (CONFIG_FILE, f"{TENSOR_STEM}.safetensors"):
+        shutil.copyfile(run.result / name, directory / name)
+    base = describe_model(decoder_config(read_json(Path(source.path) / "config.json")), "float32", None)
+    base.source = source
+    jax.eval_shape(lambda base: load_adapter(base, directory), base)
+    copy_companions(Path(source.path), directory)
+    (directory / "generation_config.json").unlink(missing_ok=True)  # the base's own is used
+    carry_template(directory, run.record["chat_template"])
+
+
+def write_merged(run: Run, directory: Path, dtype: str | None) -> str:
+    """A model of its own; returns the dtype of its weights, by default that of the checkpoint it came from.
+
+    Raises:
+        ValueError: as `find_base`; or the weights do not fit `dtype`.
+    """
+    if run.config.adapter == "none":
+        model = load_model(run.result, "float32")
+    else:
+        model = merge(load_adapter(load_model(find_base(run).path, "float32"), run.result))
+    dtype = dtype or _checkpoint_dtype(Path(model.source.path))
+    expected = _logits(_rounded(model, dtype))
+    if not np.isfinite(expected).all():
+        raise ValueError(
+            f"{run.path}: the merged model's logits are not finite in {dtype}; choose another --dtype"
+        )
+    save_model(model, directory, dtype)
+    del model  # makes room for its copy
+    difference = np.abs(_logits(load_model(directory, "float32")) - expected).max()
+    if not difference <= TOLERANCE * np.abs(expected).max():
+        raise ValueError(
+            f"what was written to disk differs from the merged model: logits by up to {difference:g}"
+        )
+    carry_template(directory, run.record["chat_template"])
+    stop_at_end_of_turn(directory, run.record["chat_template"])
+    return dtype
+
+
+def carry_template(directory: Path, template: str | None) -> None:
+    """Make this the only chat template of a tokenizer's directory, unless it is its default already."""
+    own = load_tokenizer(directory).chat_template
+    if template is None or template == (own.get("default") if isinstance(own, dict) else own):
+        return
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (directory / "chat_template.json").unlink(missing_ok=True)
+    shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
+    settings = read_json(directory / "tokenizer_config.json")
+    if settings.pop("chat_template", None) is not None:
+        _write_json(directory / "tokenizer_config.json", settings)
+
+
+def stop_at_end_of_turn(directory: Path, template: str | None) -> None:
+    """Let generation end where the template ends an answer; a base model's own settings may not name it."""
+    tokenizer = load_tokenizer(directory)
+    stops = eos_token_ids(directory, tokenizer.eos_token_id)
+    if template and (missing := end_of_turn(Renderer(tokenizer, template)) - set(stops)):
+        path = directory / "generation_config.json"
+        settings = read_json(path) if path.exists() else {}
+        _write_json(path, {**settings, "eos_token_id": sorted({*stops, *missing})})
+
+
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A directory to write into, which comes to be at `output` when all is written, or not at all."""
+    output = output.expanduser().absolute()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(
+            f"{output} is {'not empty' if output.is_dir() else 'a file'}; choose another --output"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    stage = output.with_name(f".{output.name}.{secrets.token_hex(4)}.tmp")
+    stage.mkdir()
+    try:
+        yield stage
+        os.replace(stage, output)
+    except BaseException:
+        shutil.rmtree(stage)
+        raise
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, or 2 for bad input."""
+    return exit_code(partial(_run, _parser().parse_args(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Export a finished run as a PEFT adapter or as a merged model."
+    )
+    add = parser.add_argument
+    add("--run", required=True, type=Path, metavar="DIR", help="output_dir of the run")
+    add("--format", required=True, choices=("peft", "merged"), help="an adapter, or a model of its own")
+    add("--output", required=True, type=Path, metavar="DIR", help="new or empty")
+    add("--dtype", choices=DTYPES, help="of merged weights (default: as in the base's checkpoint)")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.format == "peft" and options.dtype:
+        raise ValueError("--dtype is for --format merged; an adapter stays in float32, as it was trained")
+    run = open_result(options.run)
+    with staged(options.output) as stage, _host():
+        if options.format == "peft":
+            write_adapter(run, stage)
+            what = f"PEFT adapter for {run.config.model_name_or_path}"
+        else:
+            what = f"merged model, {write_merged(run, stage, options.dtype)}"
+    print(f"wrote {options.output}: {what}")
+
+
+def _host() -> AbstractContextManager:
+    """The CPU, where float32 is float32 in every product, and where there is most memory."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError as error:
+        raise ValueError(
+            f"exports are computed on the CPU, which JAX cannot use: {error}; see JAX_PLATFORMS"
+        ) from None
+
+
+def _checkpoint_dtype(directory: Path) -> str:
+    config = read_json(directory / "config.json")
+    found = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if found not in DTYPES:
+        raise ValueError(f"{directory / 'config.json'}: the dtype is {found!r}; choose one with --dtype")
+    return found
+
+
+def _rounded(model: Decoder, dtype: str) -> Decoder:
+    """The model, in float32, with weights as `dtype` stores them. Not jitted: XLA would drop the rounding."""
+    return jax.tree.map(lambda weight: weight.astype(dtype).astype(jnp.float32), model)
+
+
+@jax.jit
+def _forward(model: Decoder) -> jax.Array:
+    count, vocabulary = 16, model.config.vocab_size
+    return model(jnp.arange(count, dtype=jnp.int32)[None] * (vocabulary // count))
+
+
+def _logits(model: Decoder) -> np.ndarray:
+    """Logits on tokens from all over the vocabulary."""
+    return np.asarray(_forward(model))
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

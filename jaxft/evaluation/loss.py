@@ -1,0 +1,51 @@
+"""How well a model predicts held-out examples: training's own loss, over a whole set."""
+
+import math
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxft.data.loader import Batch, eval_batches
+from jaxft.data.tokenized import TokenizedSet
+from jaxft.models.decoder import Decoder
+from jaxft.models.linear import Adapter
+from jaxft.sharding.mesh import batch_sharding, batch_ways
+from jaxft.training.state import Partition
+from jaxft.training.step import make_eval_step
+
+
+class Score(NamedTuple):
+    """Cross-entropy in nats: the mean over `tokens` supervised tokens."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700))
+
+
+def score(model: Decoder, examples: TokenizedSet, *, batch_size: int, max_length: int, mesh: Mesh) -> Score:
+    """The model's loss on the examples: the sum over all supervised tokens, divided once.
+
+    Args:
+        model: on `mesh`, with or without adapter.
+        batch_size: examples per device at a time. Decides memory and speed, not the result.
+        max_length: tokens of the longest example, at most.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    partition = Partition(model, Adapter)
+    step, (trained, frozen) = make_eval_step(partition), partition.split(model)
+    total, count = 0.0, 0.0
+    for batch in eval_batches(examples, batch_size=batch_size * batch_ways(mesh), max_length=max_length):
+        rows = jax.device_put(Batch(*(field[0] for field in batch)), batch_sharding(mesh))
+        batch_total, batch_count = step(trained, frozen, rows)
+        total, count = total + float(batch_total), count + float(batch_count)
+    if not math.isfinite(total):
+        raise ValueError(
+            f"the loss is {total}; look for NaN or inf in the weights of the model and of its adapter"
+        )
+    return Score(total / count, int(count))

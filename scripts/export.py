@@ -1,0 +1,8 @@
+"""Take a run's result away: `python scripts/export.py --run DIR --format peft|merged --output DIR`."""
+
+import sys
+
+from jaxft.cli.export import main
+
+if __name__ == "__main__":
+    sys.exit(main())

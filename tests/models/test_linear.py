@@ -1,0 +1,81 @@
+"""The one matmul: gradients against plain autodiff, and what it keeps for the backward pass."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.adapters.attach import attach
+from jaxft.adapters.targets import LoraConfig
+from jaxft.models.config import DecoderConfig, LayerSpec, Rope
+from jaxft.models.decoder import Decoder
+from jaxft.models.linear import Adapter, matmul
+from jaxft.quantization.formats import parse_format
+from jaxft.quantization.qtensor import quantize
+from jaxft.training.state import Partition
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(2, 5, 192)).astype(np.float32)
+W = RNG.normal(size=(320, 192)).astype(np.float32)
+DY = RNG.normal(size=(2, 5, 320)).astype(np.float32)
+
+
+def plain(x, w):
+    return jnp.einsum("...i,oi->...o", x, w, precision="highest")
+
+
+@pytest.mark.core
+def test_dense_product_and_gradients():
+    ours, pull = jax.vjp(matmul, X, W)
+    expected, pull_plain = jax.vjp(plain, X, W)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
+    chex.assert_trees_all_close(pull(DY), pull_plain(DY), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quantized_product_is_that_of_the_dequantized_weight(name, dtype):
+    q = jax.jit(quantize, static_argnums=1)(W, parse_format(name))
+    x = X.astype(dtype)
+    ours, pull = jax.vjp(lambda x: matmul(x, q), x)
+    expected, pull_plain = jax.vjp(lambda x: plain(x, q.dequantize(jnp.float32)), X)
+    tolerance = dict(rtol=1e-5, atol=1e-4) if dtype == "float32" else dict(rtol=2e-2, atol=0.3)
+    assert ours.dtype == dtype
+    np.testing.assert_allclose(np.asarray(ours, np.float32), expected, **tolerance)
+    (dx,), (dx_plain,) = pull(DY.astype(dtype)), pull_plain(DY)
+    np.testing.assert_allclose(np.asarray(dx, np.float32), dx_plain, **tolerance)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name, codes", [("int8", "int8"), ("int4", "int4"), ("nf4", "uint4")])
+def test_backward_keeps_codes_and_no_dequantized_weight(name, codes):
+    """What `jax.vjp` keeps: the activations, the codes and the scales; nothing float of the weight's size."""
+    q = quantize(jnp.asarray(W), parse_format(name))
+    _, pull = jax.vjp(lambda x: matmul(x, q), X)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if hasattr(leaf, "dtype")]
+    assert any(leaf.dtype == codes and leaf.shape == W.shape for leaf in kept)
+    assert not any(leaf.dtype in (jnp.float32, jnp.bfloat16) and leaf.size >= W.size for leaf in kept)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_a_stack_of_layers_keeps_no_dequantized_weight(remat):
+    """Through scan and remat too: the compiled gradient needs less than the dequantized weights would take."""
+    layers, width, inner = 12, 256, 2048
+    config = DecoderConfig(64, width, inner, 4, 2, 64, (LayerSpec(),) * layers, Rope(1e4, 64, 64), 1e-5)
+
+    def make(parameter):
+        value = 0.02 * jnp.ones(parameter.stacked_shape, jnp.float32)
+        return quantize(value, parse_format("nf4")) if parameter.name.endswith("_proj.weight") else value
+
+    model = attach(Decoder(config, make, jnp.float32, remat), LoraConfig(r=2, lora_alpha=2), jax.random.key(0))
+    partition = Partition(model, Adapter)
+    trained, frozen = partition.split(model)
+
+    def loss(trained, frozen):
+        return partition.join(trained, frozen).hidden(np.zeros((1, 8), np.int32)).sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(trained, frozen).compile()
+    dense = layers * 3 * width * inner * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < dense / 4
