@@ -30,7 +30,7 @@ from jaxft.sharding.mesh import batch_ways
 from jaxft.training.checkpoint import Checkpoints, state_digest
 from jaxft.training.inputs import Inputs, gather
 from jaxft.training.logging import MetricsLog, Progress, open_sinks, read_metrics
-from jaxft.training.loop import PREEMPTED, NonFiniteLossError, Outcome, Preempted, fit
+from jaxft.training.loop import PREEMPTED, NonFiniteLossError, Outcome, Preempted, fit, start
 from jaxft.training.run_directory import RunDirectory, open_run
 
 SHOWN_PROMPTS = 5
@@ -82,16 +82,17 @@ def run(config: Config, console: Console) -> TrainResult:
         )
         before = _answer(detach(model), inputs, asked)
         with Checkpoints(directory.checkpoints, keep=config.save_total_limit) as checkpoints:
-            resumed_at = checkpoints.steps()[-1] if directory.resumed else None
-            if resumed_at is not None:
-                directory.truncate_metrics(resumed_at)
-                say(f"resumed at step {resumed_at}")
+            begin = start(inputs, model, checkpoints, directory.resumed)
+            del model  # its trained arrays now belong to the run
+            if directory.resumed:
+                directory.truncate_metrics(begin.step)
+                say(f"resumed at step {begin.step}")
             sinks = open_sinks(config.report_to, directory.path, directory.path.name, config.model_dump())
             with (
                 MetricsLog(directory.metrics_file, sinks) as log,
-                Progress(inputs.total_steps, resumed_at or 0, console) as progress,
+                Progress(inputs.total_steps, begin.step, console) as progress,
             ):
-                outcome = fit(inputs, model, checkpoints, log, progress, resumed_at is not None)
+                outcome = fit(inputs, begin, checkpoints, log, progress)
         exported = _export(outcome, inputs, directory)
         say(f"wrote {exported} (step {outcome.exported_step})")
 

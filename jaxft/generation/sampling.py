@@ -10,6 +10,7 @@ Axes: B rows, V vocabulary.
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -33,11 +34,12 @@ def row_keys(seed: int, prompts: Sequence[np.ndarray]) -> jax.Array:
         digests.append(digest)
         copies.append(seen[digest])
         seen[digest] += 1
+    return _streams(jax.random.key(seed), np.array(digests, np.uint32), np.array(copies, np.uint32))
 
-    def stream(digest: jax.Array, copy: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), digest), copy)
 
-    return jax.vmap(stream)(np.array(digests, np.uint32), np.array(copies, np.uint32))
+@jax.jit
+def _streams(key: jax.Array, digests: jax.Array, copies: jax.Array) -> jax.Array:
+    return jax.vmap(lambda *numbers: reduce(jax.random.fold_in, numbers, key))(digests, copies)
 
 
 def choose(logits: jax.Array, step: jax.Array, sampling: Sampling | None) -> jax.Array:

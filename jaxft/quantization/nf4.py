@@ -51,7 +51,16 @@ class NF4:
 
 
 def _levels(codes: jax.Array) -> jax.Array:
-    """LEVELS[codes], as a tree of selects on the four bits: it fuses where a gather may not."""
+    """LEVELS[codes]. Gathers are slow on TPU; on CPU, inside a scan, the tree falls apart into many array passes."""
+    return jax.lax.platform_dependent(codes, cpu=_looked_up, default=_selected)
+
+
+def _looked_up(codes: jax.Array) -> jax.Array:
+    return jnp.asarray(LEVELS).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+
+
+def _selected(codes: jax.Array) -> jax.Array:
+    """A tree of selects on the four bits."""
     codes = codes.astype(jnp.int32)
     values = list(LEVELS)
     for bit in range(4):

@@ -7,13 +7,14 @@ damaged and never used: a run goes on from the newest intact step. Arrays are ga
 save and placed by the template on restore, so the mesh may change in between.
 
 One process owns the directory at a time (`jaxft.training.run_directory` sees to it): opening it removes
-what a killed save left behind.
+what a killed process left half written or half deleted.
 """
 
 import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
 
 _OVERHEAD = 1 << 20  # bytes of a checkpoint beside its arrays, generously
+_OUTDATED = "outdated"  # directory of steps being deleted
 _LISTED = 5  # differences named in one message
 
 
@@ -74,9 +76,11 @@ class Checkpoints:
         }
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished)
-            self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers)
+            for pattern in ("*.orbax-checkpoint-tmp*", _OUTDATED):
+                for left_behind in self.directory.glob(pattern):
+                    shutil.rmtree(left_behind)
+            options = ocp.CheckpointManagerOptions(todelete_subdir=_OUTDATED)
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         except OSError as error:
             raise CheckpointError(f"{self.directory}: cannot hold checkpoints: {error}") from error
 
@@ -131,8 +135,7 @@ class Checkpoints:
         for name, array in arrays.items():
             if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array).all():
                 raise CheckpointError(f"step {step} is not saved: {name} holds values that are not finite")
-        for damaged in self._damaged:  # nothing can be read from them, and their steps come again
-            self._manager.delete(damaged)
+        self._delete(self._damaged)  # nothing can be read from them, and their steps come again
         self._damaged = []
         self._require_space(step, sum(array.nbytes for array in arrays.values()))
         manifest = {"step": step, "best": keep_as_best, "progress": progress, "arrays": _describe(arrays)}
@@ -160,8 +163,7 @@ class Checkpoints:
             raise self._failure(step, error) from error
         there = self.steps()
         kept = {*there[-self._keep :], self.best_step()}
-        for outdated in set(there) - kept:
-            self._manager.delete(outdated)
+        self._delete(set(there) - kept)
 
     def restore(self, template: TrainState, step: int | None = None) -> Restored:
         """The newest intact checkpoint, or that of one step.
@@ -195,6 +197,12 @@ class Checkpoints:
             return restored
         found = "".join(f"\n  {problem}" for problem in problems.values()) or " there are none"
         raise CheckpointError(f"{self.directory}: no intact checkpoint to go on from:{found}")
+
+    def _delete(self, steps: Iterable[int]) -> None:
+        """Move steps aside, then delete them: whenever the process is killed, no half step is left."""
+        for step in steps:
+            self._manager.delete(step)
+            shutil.rmtree(self.directory / _OUTDATED)
 
     def _restore(self, template: TrainState, step: int) -> Restored:
         manifest = self._manifest(step)

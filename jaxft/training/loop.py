@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any, Self
 
 import jax
+import optax
 from flax import nnx
 
 from jaxft.config import Config
@@ -84,31 +85,52 @@ class Outcome:
     seconds: float
 
 
-def fit(
-    inputs: Inputs, model: Decoder, checkpoints: Checkpoints, log: MetricsLog, progress: Progress, resume: bool
-) -> Outcome:
-    """Train `model`, whose trained arrays are given up to the loop, and return it tuned.
+@dataclass
+class Start:
+    """Where a run begins, or goes on."""
+
+    partition: Partition
+    frozen: nnx.State
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    books: Bookkeeping
+
+    @property
+    def step(self) -> int:
+        return int(self.state.step)
+
+
+def start(inputs: Inputs, model: Decoder, checkpoints: Checkpoints, resume: bool) -> Start:
+    """The state before the first update, or that of the newest intact checkpoint.
+
+    The trained arrays of `model` are given up to the run.
+    """
+    partition = Partition(model, inputs.trained_type)
+    trained, frozen = partition.split(model)
+    optimizer = make_optimizer(inputs.config, inputs.total_steps, partition.names)
+    state, books = initial_state(trained, optimizer, inputs.mesh), Bookkeeping()
+    if resume:
+        _, state, saved = checkpoints.restore(state)
+        books = Bookkeeping.of(saved)
+    return Start(partition, frozen, optimizer, state, books)
+
+
+def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog, progress: Progress) -> Outcome:
+    """Train from `begin`, whose state is used up, to the end.
 
     Raises:
         Preempted: a signal asked the run to stop; a checkpoint was saved.
         NonFiniteLossError: `max_nonfinite_steps` updates in a row were skipped.
     """
     config, began = inputs.config, time.monotonic()
-    partition = Partition(model, inputs.trained_type)
-    trained, frozen = partition.split(model)
-    optimizer = make_optimizer(config, inputs.total_steps, partition.names)
-    state = initial_state(trained, optimizer, inputs.mesh)
-    train_step = make_train_step(partition, optimizer, state, config.seed if config.lora_dropout else None)
+    partition, frozen, state, books, step = begin.partition, begin.frozen, begin.state, begin.books, begin.step
+    train_step = make_train_step(partition, begin.optimizer, state, config.seed if config.lora_dropout else None)
     eval_step = make_eval_step(partition)
     learning_rate = learning_rate_schedule(config, inputs.total_steps)
-    batches, books = stream(inputs.schedule), Bookkeeping()
     place = jax.tree_util.Partial(jax.device_put, device=batch_sharding(inputs.mesh, leading=1))
-
-    if resume and checkpoints.steps():
-        _, state, saved = checkpoints.restore(state)
-        books = Bookkeeping.of(saved)
+    batches = stream(inputs.schedule)
+    if books.data is not None:
         batches.set_state(books.data)
-    step = int(state.step)
 
     def evaluate(trained: Trained) -> float:
         return mean_loss(inputs, eval_step, trained, frozen)
@@ -126,31 +148,33 @@ def fit(
             batch = place(next(batches)) if step < inputs.total_steps else None  # while the device works
             metrics = jax.device_get(metrics)
             books.window.add(metrics)
-            if not metrics.finite and int(state.skipped_in_a_row) >= config.max_nonfinite_steps:
-                raise NonFiniteLossError(
-                    f"step {step}: loss {float(metrics.loss)}, gradient norm {float(metrics.grad_norm)}; "
-                    f"{config.max_nonfinite_steps} updates in a row were not finite and were skipped. "
-                    "Lower learning_rate, or look at the data of these steps"
-                )
+            gave_up = not metrics.finite and int(state.skipped_in_a_row) >= config.max_nonfinite_steps
 
             record = None
-            if step % config.logging_steps == 0 or step == inputs.total_steps:
+            if step % config.logging_steps == 0 or step == inputs.total_steps or gave_up:
                 window, books.window = books.window, Window()
                 books.tokens += window.tokens
+                skipped = int(state.skipped)
                 now = time.monotonic()
                 record = {
                     "step": step,
                     "epoch": round(inputs.schedule.epoch(step), 4),
                     "loss": window.loss / max(window.supervised, 1),
                     "grad_norm": float(metrics.grad_norm),
-                    "learning_rate": float(learning_rate(step - 1)),
+                    "learning_rate": float(learning_rate(max(step - 1 - skipped, 0))),  # skipped updates do not count
                     "tokens": books.tokens,
                     "tokens_per_second": window.tokens / (now - clock),
-                    "skipped_updates": int(state.skipped),
+                    "skipped_updates": skipped,
                 }
                 log.log(record)
                 clock = now
             progress.update(step, record)
+            if gave_up:
+                raise NonFiniteLossError(
+                    f"step {step}: loss {float(metrics.loss)}, gradient norm {float(metrics.grad_norm)}; "
+                    f"{config.max_nonfinite_steps} updates in a row were not finite and were skipped. "
+                    "Lower learning_rate, or look at the data of these steps"
+                )
 
             improved = False
             if len(inputs.data.eval) and is_evaluation(inputs, step):

@@ -7,14 +7,14 @@ from scipy.stats import chisquare
 
 from jaxft.generation.sampling import Sampling, choose, nucleus, row_keys
 
-LOGITS = np.array([1.5, -0.4, 0.3, 0.3, -2.0, 0.9], np.float32)
+LOGITS = np.array([1.5, -0.4, 0.3, 0.3, -2.0, 0.9])
 
 
-def draws(count: int, temperature: float, top_p: float | None = None, step: int = 0, seed: int = 0) -> np.ndarray:
+def draws(count: int, temperature: float, top_p: float | None = None, step: int = 0) -> np.ndarray:
     """One token of each of `count` rows with the same logits and prompt."""
-    keys = row_keys(seed, [np.array([3, 1], np.int32)] * count)
+    keys = row_keys(0, [np.array([3, 1], np.int32)] * count)
     sampling = Sampling(keys, jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
-    return np.asarray(choose(jnp.tile(LOGITS, (count, 1)), jnp.int32(step), sampling))
+    return np.asarray(choose(jnp.tile(jnp.float32(LOGITS), (count, 1)), jnp.int32(step), sampling))
 
 
 @pytest.mark.core

@@ -1,0 +1,361 @@
+"""Exports, read back by PEFT and transformers; and every reason not to export."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
+
+import jaxft
+from jaxft.adapters.attach import Factors, attach, attach_factors, factors_of
+from jaxft.adapters.targets import LoraConfig
+from jaxft.cli import export
+from jaxft.config_file import load_config
+from jaxft.data.chat import CHATML
+from jaxft.models.decoder import Decoder
+
+LORA = LoraConfig(r=3, lora_alpha=12)
+TOKENS = np.random.default_rng(0).integers(0, 49152, (2, 9), dtype=np.int32)
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 49152,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def base(material, random_checkpoint) -> Path:
+    """A random model whose tokenizer has a template of its own, and whose settings ignore its end of turn."""
+    directory = random_checkpoint(LLAMA)
+    source = material / "models" / "SmolLM2-135M-Instruct"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(source / name, directory / name)
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    (directory / "generation_config.json").write_text('{"eos_token_id": 0, "temperature": 0.6}')
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory) -> Path:
+    """A finished run: QLoRA, in bfloat16, with another chat template than the model's own."""
+    model = jaxft.load_model(base, "bfloat16", "nf4")
+    random = np.random.default_rng(1)
+    factors = {
+        module: Factors(*(random.normal(0, 0.1, part.shape).astype(np.float32) for part in (one.A, one.B)))
+        for module, one in factors_of(attach(model, LORA, jax.random.key(0))).items()
+    }
+    tuned = attach_factors(model, LORA, factors)
+    directory = tmp_path_factory.mktemp("run")
+    jaxft.save_adapter(tuned, directory / "adapter")
+    settings = {
+        "chat_template": "chatml",
+        "quant_type": "nf4",
+        "lora_r": LORA.r,
+        "lora_alpha": LORA.lora_alpha,
+    }
+    finish(directory, model, settings, CHATML)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def full_run(base, tmp_path_factory) -> Path:
+    """A finished run that trained every weight."""
+    directory = tmp_path_factory.mktemp("run")
+    model = jaxft.load_model(base)
+    jaxft.save_model(model, directory / "model", "bfloat16")
+    finish(directory, model, {"adapter": "none"}, (base / "chat_template.jinja").read_text())
+    return directory
+
+
+def finish(run: Path, model: Decoder, settings: dict, template: str) -> None:
+    """Write what a run leaves beside its result."""
+    settings = {"model_name_or_path": model.source.name, "output_dir": str(run), "datasets": ["x"]} | settings
+    (run / "config.yaml").write_text(load_config(settings).to_yaml())
+    record = {
+        "finished": "2025-01-01T00:00:00+00:00",
+        "fingerprints": {"base": model.source.fingerprint},
+        "chat_template": template,
+        "result_sha256": export.digests(run / ("model" if "adapter" in settings else "adapter")),
+    }
+    (run / "run.json").write_text(json.dumps(record))
+
+
+@pytest.fixture(scope="module")
+def peft_export(run, tmp_path_factory) -> Path:
+    return exported(run, "peft", tmp_path_factory.mktemp("peft") / "out")
+
+
+@pytest.fixture(scope="module")
+def merged_export(run, tmp_path_factory) -> Path:
+    return exported(run, "merged", tmp_path_factory.mktemp("merged") / "out", "--dtype", "float32")
+
+
+def exported(run: Path, form: str, output: Path, *more: str) -> Path:
+    assert main(run, form, output, *more) == 0
+    assert {path.name for path in output.parent.iterdir()} == {output.name}
+    return output
+
+
+def main(run: Path, form: str, output: Path, *more: str) -> int:
+    return export.main(["--run", str(run), "--format", form, "--output", str(output), *more])
+
+
+def merged_weights(base: Path, adapter: Path) -> dict[str, np.ndarray]:
+    """W + alpha / r B A, from the files of the base and the adapter."""
+    weights, factors = load_file(base / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    for key in factors:
+        if key.endswith("lora_A.weight"):
+            module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            product = factors[key.replace("lora_A", "lora_B")].astype(np.float64) @ factors[key]
+            weights[f"{module}.weight"] = weights[f"{module}.weight"] + LORA.lora_alpha / LORA.r * product
+    return weights
+
+
+def tuned_logits(base: Path, run: Path) -> np.ndarray:
+    return np.asarray(jaxft.load_adapter(jaxft.load_model(base), run / "adapter")(TOKENS))
+
+
+def torch_logits(model) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.tensor(TOKENS)).logits.float().numpy()
+
+
+def torch_model(directory: Path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+# What is exported
+
+
+@pytest.mark.parity
+def test_peft_export_in_peft(base, run, peft_export):
+    peft = pytest.importorskip("peft")
+    plain = torch_model(base)
+    before = torch_logits(plain)
+    after = torch_logits(peft.PeftModel.from_pretrained(plain, peft_export))
+    np.testing.assert_allclose(after, tuned_logits(base, run), atol=1e-4, rtol=0)
+    assert np.abs(after - before).max() > 0.05
+
+
+@pytest.mark.parity
+def test_merged_export_in_transformers(base, run, merged_export):
+    pytest.importorskip("torch")
+    np.testing.assert_allclose(
+        torch_logits(torch_model(merged_export)), tuned_logits(base, run), atol=1e-4, rtol=0
+    )
+
+
+def test_merges_into_the_original_weights(base, run, merged_export):
+    expected, found = merged_weights(base, run / "adapter"), load_file(merged_export / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert weight.dtype == np.float32
+        np.testing.assert_allclose(weight, expected[name], atol=1e-6, rtol=0, err_msg=name)
+    quantized = jaxft.load_model(base, quantization="nf4").model.layers[0][0].self_attn.q_proj.weight
+    rounding = (
+        np.asarray(quantized.get_value().dequantize("float32")[1])
+        - load_file(base / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"]
+    )
+    assert np.abs(rounding).max() > 1e-3  # what merging into the quantized base would have kept
+    assert json.loads((merged_export / "config.json").read_text()) == LLAMA | {"torch_dtype": "float32"}
+
+
+def test_writes_the_dtype_of_the_checkpoint_by_default(base, run, tmp_path):
+    output = exported(run, "merged", tmp_path / "new" / "out")
+    found = load_file(output / "model.safetensors")
+    for name, expected in merged_weights(base, run / "adapter").items():
+        assert found[name].dtype == ml_dtypes.bfloat16
+        np.testing.assert_allclose(
+            found[name].astype(np.float32), expected, rtol=2**-8, atol=1e-6, err_msg=name
+        )
+    assert json.loads((output / "config.json").read_text()) == LLAMA
+    logits, expected = np.asarray(jaxft.load_model(output)(TOKENS)), tuned_logits(base, run)
+    assert 0 < np.linalg.norm(logits - expected) < 0.02 * np.linalg.norm(expected)
+
+
+def test_template_of_the_run_goes_along(base, peft_export, merged_export):
+    assert AutoTokenizer.from_pretrained(base).chat_template != CHATML
+    for output in (peft_export, merged_export):
+        assert AutoTokenizer.from_pretrained(output).chat_template == CHATML
+    assert not (peft_export / "generation_config.json").exists()
+
+
+def test_generation_stops_where_answers_were_trained_to_end(merged_export):
+    settings = json.loads((merged_export / "generation_config.json").read_text())
+    ends = AutoTokenizer.from_pretrained(merged_export).convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert settings == {"eos_token_id": sorted(ends), "temperature": 0.6}
+
+
+def test_template_replaces_all_others(base, tmp_path):
+    directory = Path(shutil.copytree(base, tmp_path / "tokenizer"))
+    extra = directory / "additional_chat_templates"
+    extra.mkdir()
+    (extra / "tool_use.jinja").write_text("{{ messages[0].content }}")
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    assert "chat_template" in settings
+    own = AutoTokenizer.from_pretrained(directory).chat_template
+    assert own.keys() == {"default", "tool_use"}
+
+    for unchanged in (None, own["default"]):
+        export.carry_template(directory, unchanged)
+        assert AutoTokenizer.from_pretrained(directory).chat_template == own
+    export.carry_template(directory, own["tool_use"])
+    assert AutoTokenizer.from_pretrained(directory).chat_template == own["tool_use"]
+    del settings["chat_template"]
+    assert json.loads((directory / "tokenizer_config.json").read_text()) == settings
+
+
+def test_full_run(full_run, tmp_path, capsys):
+    output = exported(full_run, "merged", tmp_path / "out")
+    written = load_file(full_run / "model" / "model.safetensors")
+    for name, weight in load_file(output / "model.safetensors").items():
+        np.testing.assert_array_equal(weight, written[name], err_msg=name)
+        assert weight.dtype == ml_dtypes.bfloat16  # the run's dtype
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (output / name).read_bytes() == (full_run / "model" / name).read_bytes()
+    assert main(full_run, "peft", tmp_path / "other") == 2
+    assert "trained every weight" in capsys.readouterr().err
+
+
+# What is refused
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_config(run: Path, **changes) -> None:
+    path = run / "config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def interrupt(run: Path) -> None:
+    edit_json(run / "run.json", finished=None)
+    shutil.rmtree(run / "adapter")
+
+
+FAULTS = {
+    "no-run": (lambda run: (run / "run.json").unlink(), "not the output_dir of a run: it has no run.json"),
+    "no-config": (lambda run: (run / "config.yaml").unlink(), "it has no config.yaml"),
+    "damaged-record": (lambda run: (run / "run.json").write_text('{"finished'), "run.json: not valid JSON"),
+    "damaged-config": (lambda run: edit_config(run, lora_rr=3), "config.yaml: lora_rr: unknown key"),
+    "unfinished": (interrupt, "has not finished, and there is no adapter/; go on with it (resume_from"),
+    "being-resumed": (lambda run: edit_json(run / "run.json", finished=None), "has not finished; go on with"),
+    "bit-rot": (
+        lambda run: flip_bit(run / "adapter" / "adapter_model.safetensors"),
+        "adapter_model.safetensors does not match the SHA-256 in run.json",
+    ),
+    "lost": (
+        lambda run: (run / "adapter" / "adapter_config.json").unlink(),
+        "adapter_config.json is missing",
+    ),
+    "no-base": (lambda run: edit_config(run, model_name_or_path="./gone"), "no such directory: './gone'"),
+}
+
+
+def refused(run: Path, form: str, directory: Path, message: str, capsys, *more: str) -> None:
+    capsys.readouterr()
+    directory.mkdir()
+    assert main(run, form, directory / "out", *more) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert list(directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("fault, message", FAULTS.values(), ids=FAULTS)
+def test_refuses(run, fault, message, tmp_path, capsys):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    fault(copy)
+    for form in ("peft", "merged"):
+        refused(copy, form, tmp_path / form, message, capsys)
+
+
+def test_refuses_a_record_without_digests(run, tmp_path, capsys):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    record = json.loads((copy / "run.json").read_text())
+    del record["result_sha256"]
+    (copy / "run.json").write_text(json.dumps(record))
+    refused(copy, "peft", tmp_path / "out", "run.json lacks result_sha256", capsys)
+
+
+def test_refuses_another_base(run, random_checkpoint, tmp_path, capsys):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    edit_config(copy, model_name_or_path=str(random_checkpoint(LLAMA, seed=1)))
+    for form in ("peft", "merged"):
+        refused(copy, form, tmp_path / form, f"not the weights that {copy} was trained on", capsys)
+
+
+def test_refuses_to_write_over_anything(run, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("x")
+    (tmp_path / "file").write_text("y")
+    for name, message in (("full", "is not empty"), ("file", "is a file")):
+        assert main(run, "peft", tmp_path / name) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "full" / "precious").read_text() == "x"
+    assert (tmp_path / "file").read_text() == "y"
+    (tmp_path / "empty").mkdir()
+    assert main(run, "peft", tmp_path / "empty") == 0
+
+
+def test_refuses_a_dtype_for_an_adapter(run, tmp_path, capsys):
+    refused(run, "peft", tmp_path / "out", "--dtype is for --format merged", capsys, "--dtype", "bfloat16")
+
+
+def test_refuses_a_dtype_that_cannot_hold_the_weights(full_run, tmp_path, capsys):
+    copy = Path(shutil.copytree(full_run, tmp_path / "run"))
+    weights = load_file(copy / "model" / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * ml_dtypes.bfloat16(1e5)
+    save_file(weights, copy / "model" / "model.safetensors")
+    edit_json(copy / "run.json", result_sha256=export.digests(copy / "model"))
+    refused(copy, "merged", tmp_path / "out", "not finite in float16", capsys, "--dtype", "float16")
+
+
+def test_reads_back_what_it_wrote(run, base, tmp_path, capsys, monkeypatch):
+    save = export.save_model
+    monkeypatch.setattr(export, "save_model", lambda model, *args: save(jaxft.load_model(base), *args))
+    refused(run, "merged", tmp_path / "out", "differs from the merged model", capsys)
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_leaves_nothing_half_written(run, tmp_path, capsys, monkeypatch, error):
+    def fail(model, directory, dtype):
+        (directory / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(export, "save_model", fail)
+    if isinstance(error, OSError):
+        refused(run, "merged", tmp_path / "out", "No space left", capsys)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            main(run, "merged", tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
