@@ -47,9 +47,7 @@ class YamlDumper(yaml.SafeDumper):
 
 
 def _represent_str(dumper: YamlDumper, text: str) -> yaml.Node:
-    style = (
-        None if text.isprintable() else '"'
-    )  # unquoted, PyYAML writes some line breaks that it reads as others
+    style = None if text.isprintable() else '"'  # unquoted, PyYAML writes some line breaks that it reads as others
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
 
 
@@ -115,9 +113,7 @@ class DatasetConfig(_Section):
 class MeshConfig(_Section):
     """Devices along each axis; their product is the number of devices."""
 
-    data: int = Field(
-        -1, description="Groups that each hold the whole model and their own rows; -1 = the rest."
-    )
+    data: int = Field(-1, description="Groups that each hold the whole model and their own rows; -1 = the rest.")
     fsdp: int = Field(1, description="Devices that split rows and also weights (ZeRO-3); -1 = the rest.")
     tensor: int = Field(1, description="Devices that split every matrix product; -1 = the rest.")
 
@@ -151,9 +147,7 @@ class Config(_Section):
         description="Hugging Face model: a hub name, or a directory relative to the current directory."
     )
     model_revision: str | None = Field(None, description="Branch, tag or commit on the hub; null = main.")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="Number type of the base and of compute."
-    )
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Number type of the base and of compute.")
     load_in_4bit: bool = Field(False, description="Quantize the base to 4 bits, nf4 or as quant_type says.")
     load_in_8bit: bool = Field(False, description="Quantize the base to 8 bits: int8.")
     quant_type: Literal["nf4", "int4", "int8"] | None = Field(
@@ -221,9 +215,7 @@ class Config(_Section):
     )
     mesh: MeshConfig = Field(MeshConfig(), description="Devices along the axes data, fsdp and tensor.")
     seed: int = Field(42, ge=0, lt=2**32, description="Fixes new weights, the order of the data and dropout.")
-    max_nonfinite_steps: PositiveInt = Field(
-        5, description="Abort after so many skipped non-finite updates in a row."
-    )
+    max_nonfinite_steps: PositiveInt = Field(5, description="Abort after so many skipped non-finite updates in a row.")
 
     # Files, logs and evaluation
     output_dir: str = Field(description="Where the run writes; relative to the current directory.")

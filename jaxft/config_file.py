@@ -102,9 +102,7 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
     from_line = _canonical(_COMMAND_LINE, map(_parse_override, overrides))
 
     replaced = {key for path, given in from_line.items() for key in _replaced_by(path[0], given.value)}
-    tree = {
-        path[0]: copy.deepcopy(given.value) for path, given in from_file.items() if path[0] not in replaced
-    }
+    tree = {path[0]: copy.deepcopy(given.value) for path, given in from_file.items() if path[0] not in replaced}
     for path, given in sorted(from_line.items(), key=lambda item: len(item[0])):  # wholes before their parts
         _assign(tree, path, given)
     try:
@@ -183,13 +181,9 @@ def _canonical(where: str, pairs: Iterable[tuple[KeyPath, _Given]]) -> dict[KeyP
     for path, (written, value) in pairs:
         if path[0] in TRANSLATIONS:
             choices = TRANSLATIONS[path[0]]
-            meant = [
-                ours for theirs, ours in choices.items() if theirs == value and type(theirs) is type(value)
-            ]
+            meant = [ours for theirs, ours in choices.items() if theirs == value and type(theirs) is type(value)]
             if not meant:
-                problems.append(
-                    f"{where}: {written}: must be {' or '.join(map(_show, choices))}{_got(value)}"
-                )
+                problems.append(f"{where}: {written}: must be {' or '.join(map(_show, choices))}{_got(value)}")
                 continue
             path, value = meant[0][:1], meant[0][1]
         else:

@@ -21,12 +21,17 @@ from jaxft.cli.train import train
 from jaxft.data.chat import CHATML
 from jaxft.hub.load import load_model
 from jaxft.hub.safetensors import write_checkpoint
-from jaxft.hub.save import copy_companions, save_model
+from jaxft.hub.save import save_model
 from jaxft.models.decoder import initialize, parameters
 from jaxft.models.families import decoder_config
 
 ROOT = Path(__file__).resolve().parents[1]
-END_OF_TEXT, START_OF_TURN, END_OF_TURN, PAD = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
+END_OF_TEXT, START_OF_TURN, END_OF_TURN, PAD = SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|pad|>",
+)
 VOCABULARY = 1280
 TEXTS, DIALOGUES = 20_000, 14_000
 TRAIN, HELD_OUT = 1500, 200

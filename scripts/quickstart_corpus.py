@@ -16,12 +16,56 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-PRODUCTS = (
-    "kettle|toaster|desk lamp|coffee grinder|blender|vacuum cleaner|hair dryer|alarm clock|camera|keyboard|monitor|"
-    "printer|phone|tablet|speaker|radio|fan|heater|iron|mixer|kitchen scale|thermometer|drill|bicycle pump|tent|"
-    "sleeping bag|backpack|umbrella|jacket|raincoat|rice cooker|frying pan|teapot|blanket|pillow|mirror|bookshelf|"
-    "armchair|office chair|garden hose|watering can|lawn mower|bird feeder|guitar|juicer|doorbell|suitcase|helmet"
-).split("|")
+PRODUCTS = [
+    "kettle",
+    "toaster",
+    "desk lamp",
+    "coffee grinder",
+    "blender",
+    "vacuum cleaner",
+    "hair dryer",
+    "alarm clock",
+    "camera",
+    "keyboard",
+    "monitor",
+    "printer",
+    "phone",
+    "tablet",
+    "speaker",
+    "radio",
+    "fan",
+    "heater",
+    "iron",
+    "mixer",
+    "kitchen scale",
+    "thermometer",
+    "drill",
+    "bicycle pump",
+    "tent",
+    "sleeping bag",
+    "backpack",
+    "umbrella",
+    "jacket",
+    "raincoat",
+    "rice cooker",
+    "frying pan",
+    "teapot",
+    "blanket",
+    "pillow",
+    "mirror",
+    "bookshelf",
+    "armchair",
+    "office chair",
+    "garden hose",
+    "watering can",
+    "lawn mower",
+    "bird feeder",
+    "guitar",
+    "juicer",
+    "doorbell",
+    "suitcase",
+    "helmet",
+]
 NEW_PRODUCTS = PRODUCTS[5::12]
 """In no training message."""
 
@@ -162,8 +206,14 @@ ACTIONS = {
     "repair": ("Please send us the {p} for repair", "Our workshop will repair the {p} at no cost"),
     "delivery": ("We have asked the courier about the delivery of the {p}", "We will deliver a new {p}"),
     "payment": ("We have corrected the payment for the {p}", "We have sent a new bill for the {p}"),
-    "account": ("We have opened your account again, and the {p} is in it", "We have sent a link to your account"),
-    "advice": ("Our advice is on page four of the guide to the {p}", "You will find advice in the guide to the {p}"),
+    "account": (
+        "We have opened your account again, and the {p} is in it",
+        "We have sent a link to your account",
+    ),
+    "advice": (
+        "Our advice is on page four of the guide to the {p}",
+        "You will find advice in the guide to the {p}",
+    ),
 }
 PROMISES = {
     "low": ("As there is no hurry, we will write again next month", "We know that it can wait"),
@@ -186,17 +236,96 @@ ASIDES = (
     "{I} paid {n2} euros for it",
     "{my} {relative} has the same one",
 )
+THANKS = (
+    "thank you for your message about the {p}",
+    "we are sorry to hear about the {p}",
+    "you wrote to us about your {p}",
+    "we have read your message about this {p}",
+    "thank you for writing about a {p}",
+)
 GREETINGS = ("Hello", "Hi", "Good morning", "Good evening", "Dear team", "Hello everybody")
 CLOSINGS = ("Thank you", "Kind regards", "Best wishes", "Thanks for your help", "Many thanks")
-WOMEN = "Anna|Clara|Elena|Fatima|Grace|Hana|Ines|Julia|Lina|Mara|Nora|Olga|Priya|Rosa|Sofia|Tara|Vera|Yuki".split("|")
-MEN = "Adam|Ben|Carlos|David|Emil|Felix|Hugo|Ivan|Jonas|Karim|Leo|Marco|Noah|Oscar|Pablo|Rafael|Tom|Viktor".split("|")
-FAMILIES = "Novak|Silva|Berg|Costa|Khan|Weber|Rossi|Tanaka|Moreau|Larsen|Kowal|Haas|Popov|Reyes|Lind|Okoye".split("|")
-CITIES = "Lisbon|Porto|Vienna|Graz|Oslo|Bergen|Turin|Milan|Lyon|Nantes|Prague|Brno|Ghent|Cork|Leeds|Basel".split("|")
-DAYS = "Monday|Tuesday|Wednesday|Thursday|Friday|Saturday|Sunday".split("|")
-RELATIVES = "mother|father|sister|brother|daughter|son|aunt|uncle|neighbour|friend".split("|")
-FEW = "two|three|four|five|six|seven|eight|nine|ten".split("|")
-COLOURS = "red|blue|green|black|white|grey|yellow|brown".split("|")
-MATERIALS = "steel|wood|plastic|glass|leather|cotton|bamboo|copper".split("|")
+WOMEN = [
+    "Anna",
+    "Clara",
+    "Elena",
+    "Fatima",
+    "Grace",
+    "Hana",
+    "Ines",
+    "Julia",
+    "Lina",
+    "Mara",
+    "Nora",
+    "Olga",
+    "Priya",
+    "Rosa",
+    "Sofia",
+    "Tara",
+    "Vera",
+    "Yuki",
+]
+MEN = [
+    "Adam",
+    "Ben",
+    "Carlos",
+    "David",
+    "Emil",
+    "Felix",
+    "Hugo",
+    "Ivan",
+    "Jonas",
+    "Karim",
+    "Leo",
+    "Marco",
+    "Noah",
+    "Oscar",
+    "Pablo",
+    "Rafael",
+    "Tom",
+    "Viktor",
+]
+FAMILIES = [
+    "Novak",
+    "Silva",
+    "Berg",
+    "Costa",
+    "Khan",
+    "Weber",
+    "Rossi",
+    "Tanaka",
+    "Moreau",
+    "Larsen",
+    "Kowal",
+    "Haas",
+    "Popov",
+    "Reyes",
+    "Lind",
+    "Okoye",
+]
+CITIES = [
+    "Lisbon",
+    "Porto",
+    "Vienna",
+    "Graz",
+    "Oslo",
+    "Bergen",
+    "Turin",
+    "Milan",
+    "Lyon",
+    "Nantes",
+    "Prague",
+    "Brno",
+    "Ghent",
+    "Cork",
+    "Leeds",
+    "Basel",
+]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+RELATIVES = ["mother", "father", "sister", "brother", "daughter", "son", "aunt", "uncle", "neighbour", "friend"]
+FEW = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+COLOURS = ["red", "blue", "green", "black", "white", "grey", "yellow", "brown"]
+MATERIALS = ["steel", "wood", "plastic", "glass", "leather", "cotton", "bamboo", "copper"]
 
 NOTES = (
     "{name} of {city} wrote to the shop about a {p}. {issue} {urgency} {agent} read the message and saw that its "
@@ -222,6 +351,11 @@ SCENES = (
     "{name} came to the shop with a question about the {p}. {agent} showed how to open it and how to clean the {material}. "
     "It took {few} minutes.",
     "The bank in {city} refused a card on {day}. {agent} wrote a new bill of {n2} euros for the {p} and sent it again.",
+    "The box from {city} holds three products: {p}, {q} and {r}. {agent} takes out the {q}. Left in it: {p} and {r}.",
+    "Order {n}: {p}. On {day} {name} called and added another product, so now the order is: {p} and {q}.",
+    "{agent} counts the shelf: {colour} {p}, {colour2} {q}, {material} {r}. The {r} is of {material}, the {q} is {colour2} "
+    "and the {p} is {colour}.",
+    "{name} opened the parcel, but instead of {p} the list said {q}. So {q} went back to {city}, and {p} came on {day}.",
 )
 
 Kind = Literal["train", "held out", "any"]
@@ -254,7 +388,11 @@ def draw_case(rng: random.Random, kind: Kind = "any") -> Case:
     while True:
         category, urgency = rng.choice(list(ISSUES)), rng.choice(list(URGENCIES))
         case = Case(
-            rng.choice(PRODUCTS), category, urgency, rng.choice(ISSUES[category]), rng.choice(URGENCIES[urgency])
+            rng.choice(PRODUCTS),
+            category,
+            urgency,
+            rng.choice(ISSUES[category]),
+            rng.choice(URGENCIES[urgency]),
         )
         if kind == "any" or case.is_new == (kind == "held out"):
             return case
@@ -263,9 +401,11 @@ def draw_case(rng: random.Random, kind: Kind = "any") -> Case:
 def details(rng: random.Random, product: str) -> dict[str, str]:
     """Words for the blanks of templates."""
     colour, colour2 = rng.sample(COLOURS, 2)
+    q, r = rng.sample([other for other in PRODUCTS if other != product], 2)
     return {
         "p": product,
-        "q": rng.choice([other for other in PRODUCTS if other != product]),
+        "q": q,
+        "r": r,
         "name": f"{rng.choice(rng.choice([WOMEN, MEN]))} {rng.choice(FAMILIES)}",
         "agent": rng.choice(WOMEN + MEN),
         "city": rng.choice(CITIES),
@@ -297,7 +437,10 @@ def said(template: str, words: dict[str, str], speaker: str | None = None) -> st
 def message(rng: random.Random, case: Case) -> tuple[str, str]:
     """What the customer writes, and the name that stands under it, if any."""
     words = details(rng, case.product)
-    before = [rng.choice(OPENINGS) if rng.random() < 0.6 else "", rng.choice(ASIDES) if rng.random() < 0.4 else ""]
+    before = [
+        rng.choice(OPENINGS) if rng.random() < 0.6 else "",
+        rng.choice(ASIDES) if rng.random() < 0.4 else "",
+    ]
     core = [said(case.phrase, words), said(case.hint, words)]
     if rng.random() < 0.25:
         core.reverse()
@@ -315,9 +458,9 @@ def reply(rng: random.Random, case: Case, name: str) -> str:
     """How the help desk answers, in prose."""
     words = details(rng, case.product)
     greeting = f"Hello {name}, " if name else "Hello, "
-    thanks = rng.choice(["thank you for your message about the {p}.", "we are sorry to hear about the {p}."])
+    opening = said(greeting + rng.choice(THANKS), words)
     rest = [said(rng.choice(ACTIONS[case.category]), words), said(rng.choice(PROMISES[case.urgency]), words)]
-    return " ".join([greeting + thanks.format_map(words), *rest, f"Kind regards, {words['agent']}"])
+    return " ".join([opening, *rest, f"Kind regards, {words['agent']}"])
 
 
 def note(rng: random.Random) -> str:

@@ -16,6 +16,8 @@ chex.set_n_cpu_devices(8)
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from jaxft.hub.safetensors import write_checkpoint  # noqa: E402
 from jaxft.models.decoder import describe, parameters  # noqa: E402
@@ -76,3 +78,71 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory):
         return directory
 
     return make
+
+
+WORDS = [
+    *("user", "assistant", "the", "a", "dog", "cat", "bird", "sees", "likes", "finds", "red", "blue", "old"),
+    *("new", "one", "two", "three", "four", "five", "six", ".", "?"),
+]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }} {{ message.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_model(random_checkpoint):
+    """`chat_model(**changes, seed=0)`: a tiny random Llama with a tokenizer of words and a chat template.
+
+    Its generation settings end a text at <eos>, 0; its template ends a turn with <|im_end|>, 2.
+    """
+
+    def make(seed: int = 0, **changes) -> Path:
+        config = {
+            "model_type": "llama",
+            "vocab_size": 32,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 128,
+            "tie_word_embeddings": False,
+        }
+        directory = random_checkpoint(config | changes, seed)
+        specials = ["<eos>", "<|im_start|>", "<|im_end|>", "<unk>"]
+        vocabulary = {word: index for index, word in enumerate([*specials, *WORDS])}
+        backend = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            eos_token="<eos>",
+            unk_token="<unk>",
+            additional_special_tokens=specials[1:3],
+        )
+        tokenizer.chat_template = CHATML
+        tokenizer.save_pretrained(directory)
+        (directory / "generation_config.json").write_text('{"eos_token_id": 0}')
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_chats():
+    """`write_chats(path, count, seed=0)`: a JSONL file of questions and answers, 1 to 9 words each."""
+
+    def write(path: Path, count: int, seed: int = 0) -> Path:
+        rng = np.random.default_rng(seed)
+
+        def words() -> str:
+            return " ".join(rng.choice(WORDS[2:], rng.integers(1, 10)))
+
+        with open(path, "w") as file:
+            for _ in range(count):
+                turns = [{"role": "user", "content": words()}, {"role": "assistant", "content": words()}]
+                file.write(json.dumps({"messages": turns}) + "\n")
+        return path
+
+    return write

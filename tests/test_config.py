@@ -156,9 +156,7 @@ def test_a_wrong_part(given, problem):
 
 
 def test_right_values():
-    config = load_config(
-        BASE | {"learning_rate": 1, "val_set_size": 100, "lora_target_modules": r".*\.q_proj"}
-    )
+    config = load_config(BASE | {"learning_rate": 1, "val_set_size": 100, "lora_target_modules": r".*\.q_proj"})
     assert (config.learning_rate, type(config.learning_rate)) == (1.0, float)
     assert (config.val_set_size, type(config.val_set_size)) == (100, int)
     assert config.lora_target_modules == r".*\.q_proj"

@@ -145,12 +145,8 @@ def test_spellings_that_differ_are_errors_naming_both(write):
 
 
 def test_a_complaint_uses_the_users_spelling(write):
-    assert (
-        complaint(write("lora_rank: 0\n")) == "run.yaml: lora_rank (lora_r): must be greater than 0 (got 0)"
-    )
-    assert complaint(write("lora_rank: 5\n"), ["r=0"]) == (
-        "command line: r (lora_r): must be greater than 0 (got 0)"
-    )
+    assert complaint(write("lora_rank: 0\n")) == "run.yaml: lora_rank (lora_r): must be greater than 0 (got 0)"
+    assert complaint(write("lora_rank: 5\n"), ["r=0"]) == ("command line: r (lora_r): must be greater than 0 (got 0)")
     assert complaint(write("quantization_bit: 4\nload_in_8bit: true\n")) == (
         "run.yaml: quantization_bit (load_in_4bit) and load_in_8bit are both true; keep one"
     )

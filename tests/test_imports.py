@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "jaxft"
-EVERYTHING_BELOW = {"rules", "config", "config_file", "quantization", "sharding", "models", "adapters", "hub", "data"}
+EVERYTHING_BELOW = {
+    "rules",
+    "config",
+    "config_file",
+    "quantization",
+    "sharding",
+    "models",
+    "adapters",
+    "hub",
+    "data",
+}
 ALLOWED = {
     "rules": set(),
     "config": set(),

@@ -148,9 +148,7 @@ def _install(site: Site, spec: LoraSpec, A: jax.Array, B: jax.Array, magnitude: 
     if layout is not None:
         rows, columns = layout.stored
         layout_A, layout_B = Layout(layout.mesh, P(None, columns)), Layout(layout.mesh, P(rows, None))
-        A, B = (
-            jax.device_put(array, cut.stacked(cut.stored)) for array, cut in ((A, layout_A), (B, layout_B))
-        )
+        A, B = (jax.device_put(array, cut.stacked(cut.stored)) for array, cut in ((A, layout_A), (B, layout_B)))
         if spec.use_dora:
             by_row = layout_B.stacked(P(rows))
             magnitude, squares = jax.device_put(magnitude, by_row), jax.device_put(squares, by_row)

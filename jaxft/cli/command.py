@@ -4,8 +4,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from jaxft.data import chat
 from jaxft.data.chat import Renderer
 
 
@@ -22,12 +23,7 @@ def exit_code(action: Callable[[], None]) -> int:
 def load_tokenizer(model: Path, adapter: str | Path | None = None) -> PreTrainedTokenizerBase:
     """The adapter's tokenizer, which may have another chat template, or else the model's."""
     own = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
-    directory = adapter if own else model
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # a damaged file makes it raise nearly anything
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{directory}: no tokenizer can be loaded from it: {reason}") from error
+    return chat.load_tokenizer(adapter if own else model)
 
 
 def end_of_turn(renderer: Renderer) -> set[int]:

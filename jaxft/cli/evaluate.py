@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 from jaxft.cli.command import exit_code, load_tokenizer
 from jaxft.config import DatasetConfig
@@ -18,7 +19,7 @@ from jaxft.data.prepare import prepare
 from jaxft.data.tokenized import check_vocabulary
 from jaxft.evaluation.loss import Score, score
 from jaxft.hub.load import load_model, read_json
-from jaxft.hub.peft import load_adapter
+from jaxft.hub.peft import load_adapter, read_adapter_config
 from jaxft.hub.resolve import resolve_model
 from jaxft.models.families import decoder_config
 from jaxft.sharding.mesh import make_mesh
@@ -68,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     directory = resolve_model(options.model, options.revision).path
+    if options.adapter is not None:
+        read_adapter_config(Path(options.adapter))  # complains before weights are read
     data = prepare(
         [DatasetConfig(path=options.data, type=options.type, columns=options.columns)],
         Renderer(load_tokenizer(directory, options.adapter), options.chat_template),
@@ -78,13 +81,12 @@ def _run(options: argparse.Namespace) -> None:
     (examples,), (read,) = data.train, data.report.sources
 
     mesh = make_mesh({"fsdp": -1})
-    measure = partial(
-        score, examples=examples, batch_size=options.batch_size, max_length=options.max_length, mesh=mesh
-    )
-    model = load_model(options.model, options.dtype, options.quantization, mesh, revision=options.revision)
-    scores = {"base": measure(model)}
+    measure = partial(score, examples=examples, batch_size=options.batch_size, max_length=options.max_length, mesh=mesh)
+    base = load_model(options.model, options.dtype, options.quantization, mesh, revision=options.revision)
+    models = {"base": base}
     if options.adapter is not None:
-        scores["adapter"] = measure(load_adapter(model, options.adapter))
+        models["adapter"] = load_adapter(base, options.adapter)
+    scores = {name: measure(model) for name, model in models.items()}
 
     if options.json:
         measured = {name: {**one._asdict(), "perplexity": one.perplexity} for name, one in scores.items()}

@@ -78,9 +78,7 @@ def open_result(directory: Path) -> Run:
             "go on with it (resume_from_checkpoint=true), then export it"
         )
     if lacking := {"fingerprints", "result_sha256", "chat_template"} - record.keys():
-        raise ValueError(
-            f"{directory / 'run.json'} lacks {', '.join(sorted(lacking))}: damaged, or of another version"
-        )
+        raise ValueError(f"{directory / 'run.json'} lacks {', '.join(sorted(lacking))}: damaged, or of another version")
     found = digests(result)
     for name, recorded in record["result_sha256"].items():
         if found.get(name) != recorded:
@@ -137,16 +135,12 @@ def write_merged(run: Run, directory: Path, dtype: str | None) -> str:
     dtype = dtype or _checkpoint_dtype(Path(model.source.path))
     expected = _logits(_rounded(model, dtype))
     if not np.isfinite(expected).all():
-        raise ValueError(
-            f"{run.path}: the merged model's logits are not finite in {dtype}; choose another --dtype"
-        )
+        raise ValueError(f"{run.path}: the merged model's logits are not finite in {dtype}; choose another --dtype")
     save_model(model, directory, dtype)
     del model  # makes room for its copy
     difference = np.abs(_logits(load_model(directory, "float32")) - expected).max()
     if not difference <= TOLERANCE * np.abs(expected).max():
-        raise ValueError(
-            f"what was written to disk differs from the merged model: logits by up to {difference:g}"
-        )
+        raise ValueError(f"what was written to disk differs from the merged model: logits by up to {difference:g}")
     carry_template(directory, run.record["chat_template"])
     stop_at_end_of_turn(directory, run.record["chat_template"])
     return dtype
@@ -180,9 +174,7 @@ def staged(output: Path) -> Iterator[Path]:
     """A directory to write into, which comes to be at `output` when all is written, or not at all."""
     output = output.expanduser().absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(
-            f"{output} is {'not empty' if output.is_dir() else 'a file'}; choose another --output"
-        )
+        raise ValueError(f"{output} is {'not empty' if output.is_dir() else 'a file'}; choose another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
     stage = output.with_name(f".{output.name}.{secrets.token_hex(4)}.tmp")
     stage.mkdir()
@@ -200,9 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Export a finished run as a PEFT adapter or as a merged model."
-    )
+    parser = argparse.ArgumentParser(description="Export a finished run as a PEFT adapter or as a merged model.")
     add = parser.add_argument
     add("--run", required=True, type=Path, metavar="DIR", help="output_dir of the run")
     add("--format", required=True, choices=("peft", "merged"), help="an adapter, or a model of its own")
@@ -229,9 +219,7 @@ def _host() -> AbstractContextManager:
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError as error:
-        raise ValueError(
-            f"exports are computed on the CPU, which JAX cannot use: {error}; see JAX_PLATFORMS"
-        ) from None
+        raise ValueError(f"exports are computed on the CPU, which JAX cannot use: {error}; see JAX_PLATFORMS") from None
 
 
 def _checkpoint_dtype(directory: Path) -> str:

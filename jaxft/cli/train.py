@@ -1,27 +1,33 @@
 """`scripts/train.py` and `jaxft.train`: a config in, a run's directory out.
 
-The order is that of a careful person: read the config, find the model, tokenize all data, take the directory; only
-then read weights, ask the base a few held-out prompts, train, export, ask again, and write the report.
+The order is that of a careful person: read the config, find the model, tokenize all data, place the adapters
+on paper, take the directory; only then read weights, ask the base a few held-out prompts, train, export, ask
+again, and write the report. What is wrong with the input is found before anything is written.
 """
 
 import argparse
 import json
 import logging
+import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from jaxft.adapters.attach import detach
+from jaxft.cli.command import end_of_turn, exit_code
+from jaxft.cli.export import digests
 from jaxft.config import Config
 from jaxft.config_file import load_config
 from jaxft.evaluation.answers import Question, answers, exact_matches, questions
 from jaxft.evaluation.report import ExactMatch, ReportData, Sample, write_report
+from jaxft.hub.load import eos_token_ids
 from jaxft.hub.peft import save_adapter
 from jaxft.hub.save import save_model
 from jaxft.models.count import ParameterCount, count_parameters
@@ -51,35 +57,30 @@ def train(config: str | Path | Mapping[str, Any], **overrides: Any) -> TrainResu
 
     Args:
         config: a YAML file or a mapping.
-        overrides: keys that replace those of the config, as on the command line.
+        overrides: keys that replace those of the config, as on the command line; values may be paths.
 
     Raises:
         ValueError: whatever is wrong with config, model or data, before training begins.
         Preempted: SIGTERM or SIGINT; a checkpoint was saved.
         NonFiniteLossError: the loss became NaN or infinite and stayed so.
     """
-    return run(load_config(config, [f"{key}={json.dumps(value)}" for key, value in overrides.items()]), Console())
+    as_json = partial(json.dumps, ensure_ascii=False, default=os.fspath)
+    words = [f"{key}={as_json(value)}" for key, value in overrides.items()]
+    return run(load_config(config, words), _plain_console())
 
 
 def run(config: Config, console: Console) -> TrainResult:
     """`train` for a checked config; what happens is told on `console`."""
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+    say = console.print
     inputs = gather(config)
     say(str(inputs.data.report))
-    with open_run(
-        config.output_dir, config.resume_from_checkpoint, config.to_yaml(), inputs.fingerprints
-    ) as directory:
+    counts = count_parameters(inputs.describe(), inputs.trained_type)
+    say(describe_parameters(counts))
+    say(describe_batch(inputs))
+    again = config.resume_from_checkpoint or nothing_to_lose(Path(config.output_dir))
+    with open_run(config.output_dir, again, config.to_yaml(), inputs.fingerprints) as directory:
         model = inputs.load()
-        counts = count_parameters(model, inputs.trained_type)
-        say(describe_parameters(counts))
-        say(describe_batch(inputs))
-
-        asked = questions(
-            inputs.data.eval_examples, inputs.renderer, max(config.exact_match_samples, SHOWN_PROMPTS)
-        )
+        asked = questions(inputs.data.eval_examples, inputs.renderer, max(config.exact_match_samples, SHOWN_PROMPTS))
         before = _answer(detach(model), inputs, asked)
         with Checkpoints(directory.checkpoints, keep=config.save_total_limit) as checkpoints:
             begin = start(inputs, model, checkpoints, directory.resumed)
@@ -110,7 +111,15 @@ def run(config: Config, console: Console) -> TrainResult:
             records=read_metrics(directory.metrics_file),
             samples=samples,
         )
-        directory.finish({"final": final, "data": asdict(inputs.data.report), "parameters": counts})
+        directory.finish(
+            {
+                "final": final,
+                "data": asdict(inputs.data.report),
+                "parameters": [count._asdict() for count in counts],
+                "chat_template": inputs.chat_template,
+                "result_sha256": digests(exported),
+            }
+        )
         if match is not None:
             say(
                 f"exact match on {match.examples} held-out examples: "
@@ -121,16 +130,24 @@ def run(config: Config, console: Console) -> TrainResult:
 
 
 def dry_run(config: Config, console: Console) -> None:
-    """Print what a run would do: config, parameters, data, one example, effective batch. Reads no weights."""
+    """Print what a run would do: config, data, parameters, one example, effective batch. Writes nothing."""
     inputs = gather(config)
-    console.print(config.to_yaml(), markup=False, highlight=False)
-    console.print(str(inputs.data.report), markup=False, highlight=False, soft_wrap=True)
-    console.print(
-        describe_parameters(count_parameters(inputs.describe(), inputs.trained_type)), markup=False, highlight=False
+    console.print(config.to_yaml())
+    console.print(str(inputs.data.report))
+    console.print(describe_parameters(count_parameters(inputs.describe(), inputs.trained_type)))
+    console.print("\nthe first example, with what is learned between ⟦ and ⟧:\n")
+    console.print(inputs.renderer.show(inputs.data.train[0][0]))
+    console.print("\n" + describe_batch(inputs))
+
+
+def nothing_to_lose(output_dir: Path) -> bool:
+    """An earlier attempt failed there before it logged an update: it may be started over, with any config."""
+    metrics = output_dir / "metrics.jsonl"
+    return (
+        (output_dir / "run.json").exists()
+        and not any((output_dir / "checkpoints").glob("[0-9]*"))
+        and not (metrics.exists() and any(record["step"] for record in read_metrics(metrics)))
     )
-    console.print("\nthe first example, with what is learned between ⟦ and ⟧:\n", markup=False)
-    console.print(inputs.renderer.show(inputs.data.train[0][0]), soft_wrap=True)
-    console.print("\n" + describe_batch(inputs), markup=False, highlight=False, soft_wrap=True)
 
 
 def describe_parameters(counts: Sequence[ParameterCount]) -> str:
@@ -156,40 +173,46 @@ def describe_batch(inputs: Inputs) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, 1 for a failed run, 2 for bad input, 75 when told to stop."""
+    """The command line. Returns the exit code: 1 for a failed run, 2 for bad input, 75 when told to stop."""
     parser = argparse.ArgumentParser(description="Fine-tune a Hugging Face model.")
     parser.add_argument("--config", required=True, help="YAML file; its keys are described in docs/config.md")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the config")
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    console, errors = Console(), Console(stderr=True)
     try:
-        config = load_config(parsed.config, parsed.overrides)
-        if parsed.dry_run:
-            dry_run(config, console)
-        else:
-            run(config, console)
+        return exit_code(partial(_obey, parsed))
     except Preempted as stopped:
-        errors.print(str(stopped), markup=False, highlight=False)
+        print(stopped, file=sys.stderr)
         return PREEMPTED
     except NonFiniteLossError as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        print(f"error: {error}", file=sys.stderr)
         return 1
-    except ValueError as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
-    return 0
+
+
+def _obey(parsed: argparse.Namespace) -> None:
+    config = load_config(parsed.config, parsed.overrides)
+    (dry_run if parsed.dry_run else run)(config, _plain_console())
+
+
+def _plain_console() -> Console:
+    """Prints text as it is, in lines of any length."""
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _answer(model: Decoder, inputs: Inputs, asked: Sequence[Question]) -> list[str]:
-    return answers(model, inputs.renderer, asked, inputs.eos_ids, inputs.config.max_new_tokens)
+    renderer = inputs.renderer
+    stops = {*eos_token_ids(inputs.resolved.path, renderer.tokenizer.eos_token_id), *end_of_turn(renderer)}
+    return answers(model, renderer, asked, sorted(stops), inputs.config.max_new_tokens)
 
 
 def _export(outcome: Outcome, inputs: Inputs, directory: RunDirectory) -> Path:
-    if inputs.config.adapter == "none":
-        return save_model(outcome.model, directory.path / "model", inputs.config.dtype)
-    return save_adapter(outcome.model, directory.adapter)
+    if inputs.config.adapter != "none":
+        return save_adapter(outcome.model, directory.adapter)
+    target = directory.path / "model"
+    if target.exists():  # of a run that was killed after training
+        shutil.rmtree(target)
+    return save_model(outcome.model, target, inputs.config.dtype)
 
 
 def _compare(
@@ -210,7 +233,7 @@ def _final_metrics(outcome: Outcome, match: ExactMatch | None) -> dict[str, Any]
         "best_eval_loss": books.best_eval_loss,
         "best_step": books.best_step,
         "stopped_early": books.stopped_early,
-        "tokens": books.tokens,
+        "tokens": books.tokens + books.window.tokens,
         "skipped_updates": int(outcome.state.skipped),
         "seconds": round(outcome.seconds, 1),
         "exact_match": None if match is None else match._asdict(),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.text import Text as Styled
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxft.data.conversations import Conversation
 from jaxft.data.formats import Completion, Example, Text
@@ -36,6 +36,19 @@ CHATML = (
 #: The day that templates with a date are told, always the same so that a resumed run reads the same tokens.
 TODAY = date(2024, 7, 26)
 _CHUNK = 256  # examples tokenized in one call
+
+
+def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's or adapter's directory; runs no code from it.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # a damaged file makes it raise nearly anything
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{directory}: no tokenizer can be loaded from it: {reason}") from error
 
 
 class Renderer:
@@ -66,9 +79,7 @@ class Renderer:
                 f"{type(tokenizer).__name__} is not a fast tokenizer: it cannot tell where its tokens stand"
             )
         self.tokenizer = tokenizer
-        specials = {
-            index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
+        specials = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._is_special = np.zeros(max(specials, default=-1) + 2, bool)
         self._is_special[list(specials)] = True
         beginning = tokenizer("a", verbose=False).input_ids[:1]
@@ -211,9 +222,7 @@ def _find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str 
     own = {"default": own} if isinstance(own, str) else own
     named = {"chatml": CHATML, **own}
     if name is None and own and "default" not in own:
-        raise ValueError(
-            f"the tokenizer has several chat templates; set `chat_template` to one of: {', '.join(own)}"
-        )
+        raise ValueError(f"the tokenizer has several chat templates; set `chat_template` to one of: {', '.join(own)}")
     if name is None or name in named:
         return named.get(name or "default")
     if "{{" in name or "{%" in name:
@@ -221,6 +230,4 @@ def _find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str 
     try:
         return Path(name).expanduser().read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(
-            f"chat template {name!r}: no such file, and no name among: {', '.join(named)}"
-        ) from None
+        raise ValueError(f"chat template {name!r}: no such file, and no name among: {', '.join(named)}") from None

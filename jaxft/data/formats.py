@@ -117,9 +117,7 @@ def detect(values: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(
-            f"matches several formats ({', '.join(found)}); set `type` to one of them. It has: {keys}"
-        )
+        raise ValueError(f"matches several formats ({', '.join(found)}); set `type` to one of them. It has: {keys}")
     known = "; ".join(f"{name} needs {', '.join(needs.required)}" for name, needs in FORMATS.items())
     raise ValueError(
         f"no known format. The record has: {keys}. The formats: {known}. "
@@ -165,9 +163,7 @@ def _describe(
     columns: Mapping[str, str],
     ignored: Iterable[str],
 ) -> str:
-    read = ", ".join(f"{name} = {column}" for name, column in columns.items()) or ", ".join(
-        FORMATS[format].required
-    )
+    read = ", ".join(f"{name} = {column}" for name, column in columns.items()) or ", ".join(FORMATS[format].required)
     kinds = {
         Conversation: "chat template",
         Completion: "prompt + completion, no template",

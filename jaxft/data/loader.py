@@ -152,9 +152,7 @@ class Schedule:
         size, share = len(self._sources[source]), self._shares[source]
         first, last = epoch * share, (epoch + 1) * share
         passes = range(first // size, -(-last // size))
-        orders = [
-            np.random.default_rng([self._seed, number, 1 + source]).permutation(size) for number in passes
-        ]
+        orders = [np.random.default_rng([self._seed, number, 1 + source]).permutation(size) for number in passes]
         offset = first - passes.start * size
         return np.concatenate(orders)[offset : offset + share] + self._first[source]
 

@@ -71,9 +71,7 @@ class Report:
         lines = [str(source) for source in self.sources]
         lines += [f"held out: {source}" for source in self.eval_sources]
         moved = f" ({self.moved} of them beside an equal example)" if self.moved else ""
-        lines.append(
-            f"training on {self.train} examples, {self.train_tokens} tokens, {self.train_supervised} learned"
-        )
+        lines.append(f"training on {self.train} examples, {self.train_tokens} tokens, {self.train_supervised} learned")
         lines.append(f"held out {self.held_out} examples{moved}")
         return "\n".join(lines)
 
@@ -140,9 +138,7 @@ def prepare(
         eval_tokens = [train[s].tokens[i] for s, i in chosen]
         eval_examples = [train[s].examples[i] for s, i in chosen]
         stay = [places[k] for k in split.train]
-        sets = [
-            TokenizedSet.of(source.tokens[i] for t, i in stay if t == s) for s, source in enumerate(train)
-        ]
+        sets = [TokenizedSet.of(source.tokens[i] for t, i in stay if t == s) for s, source in enumerate(train)]
         if empty := [source.report.path for source, left in zip(train, sets, strict=True) if not len(left)]:
             raise ValueError(f"{empty[0]}: `val_set_size` {val_set_size} holds out all of its examples")
     report = Report(
@@ -212,7 +208,5 @@ def _weights(datasets: Sequence[DatasetSpec]) -> tuple[float, ...] | None:
     weights = [dataset.weight for dataset in datasets]
     if None in weights and any(weight is not None for weight in weights):
         without = [dataset.path for dataset in datasets if dataset.weight is None]
-        raise ValueError(
-            f"{without[0]}: no `weight`, but other datasets have one; give all of them one, or none"
-        )
+        raise ValueError(f"{without[0]}: no `weight`, but other datasets have one; give all of them one, or none")
     return None if None in weights else tuple(weights)

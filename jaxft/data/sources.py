@@ -43,9 +43,7 @@ def read(
     if where.is_dir():
         records = _read_saved(where, split)
     elif where.is_file() and split not in (None, "train"):
-        raise ValueError(
-            f"{path}: a file has no split {split!r}; remove `split`, or name the file of that split"
-        )
+        raise ValueError(f"{path}: a file has no split {split!r}; remove `split`, or name the file of that split")
     elif where.is_file():
         records = _read_file(where, path)
     elif path.endswith(SUFFIXES) or path.startswith((".", "/", "~")):
@@ -183,9 +181,7 @@ def _read_table(path: Path, shown: str) -> Iterator[Record]:
             line = rows.line_num + 1
             for row in rows:
                 if row and len(row) != len(header):
-                    raise ValueError(
-                        f"{len(row)} fields, but the header has {len(header)}: {', '.join(header)}"
-                    )
+                    raise ValueError(f"{len(row)} fields, but the header has {len(header)}: {', '.join(header)}")
                 if row:
                     yield Record(dict(zip(header, row, strict=True)), f"{shown}:{line}")
                 line = rows.line_num + 1

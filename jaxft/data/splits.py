@@ -57,9 +57,7 @@ def hold_out(identities: Sequence[bytes], size: int | float, seed: int) -> Split
         held_out += groups[key]
         moved += len(groups[key]) - 1
     if len(held_out) == total:
-        raise ValueError(
-            f"`val_set_size` {size} of {total} examples leaves none to train on: too many are equal"
-        )
+        raise ValueError(f"`val_set_size` {size} of {total} examples leaves none to train on: too many are equal")
     chosen = set(held_out)
     return Split(tuple(i for i in range(total) if i not in chosen), tuple(sorted(held_out)), moved)
 

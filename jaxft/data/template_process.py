@@ -121,9 +121,7 @@ def compile_template(source: str, today: date) -> jinja2.Template:
         raise jinja2.TemplateError(message)
 
     def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     midnight = datetime(today.year, today.month, today.day)
     environment.filters["tojson"] = to_json

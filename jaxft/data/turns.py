@@ -75,10 +75,8 @@ class ChatTemplate:
         today: date,
         time_limit: float,
     ):
-        self.special = re.compile(
-            "|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))) or "(?!)"
-        )
-        self._source = source
+        self.special = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))) or "(?!)")
+        self.source = source
         self._process = TemplateProcess(source, variables, today, time_limit)
         probe = (Message("user", "question"), Message("assistant", "answer"))
         found = self._render(probe, (), [])
@@ -96,7 +94,7 @@ class ChatTemplate:
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
         found = self._render(messages, tools, answers)
         _check_tools(found.text, tools)
-        if _GENERATION.search(self._source):
+        if _GENERATION.search(self.source):
             starts, supervised = {}, self._generation_spans(messages, found)
             learned = "".join(found.text[start:end] for start, end in supervised)
             for message in messages:
@@ -149,9 +147,7 @@ class ChatTemplate:
             if stripped == text:
                 break
         else:
-            raise TemplateError(
-                "the chat template changes the contents in a way that hides where the turns are"
-            )
+            raise TemplateError("the chat template changes the contents in a way that hides where the turns are")
         opens, closes = ([where[mark] for mark in marks[k:-2:2]] for k in (0, 1))
         tails = {}
         for (role, i), prompt in zip(last_after.items(), prompts, strict=True):
@@ -205,9 +201,7 @@ class ChatTemplate:
         if end >= 0 and self.end_of_turn:
             return end + len(self.end_of_turn)
         if (self.end_of_turn and not following) or not messages[i].content:
-            raise TemplateError(
-                f"cannot tell where the turn of message {i + 1} ends in the rendered conversation"
-            )
+            raise TemplateError(f"cannot tell where the turn of message {i + 1} ends in the rendered conversation")
         return content_end
 
     def _generation_spans(self, messages: Sequence[Message], found: _Marked) -> list[Span]:
@@ -227,9 +221,7 @@ class ChatTemplate:
                 spans.append((start, end))
         return spans
 
-    def _content_spans(
-        self, messages: Sequence[Message], found: _Marked, starts: dict[int, int]
-    ) -> Iterable[Span]:
+    def _content_spans(self, messages: Sequence[Message], found: _Marked, starts: dict[int, int]) -> Iterable[Span]:
         """What came from the data; an answer whose beginning was cut off, from the start of its turn."""
         for i, (message, opens, closes) in enumerate(zip(messages, found.opens, found.closes, strict=True)):
             if not opens and len(closes) == 1 and i in starts:
@@ -243,27 +235,21 @@ class ChatTemplate:
                 continue
             for span in zip(opens, closes, strict=True):
                 if foreign := set(self.special.findall(found.text, *span)) - written:
-                    raise TemplateError(
-                        f"the chat template puts {foreign.pop()!r} into the content of message {i + 1}"
-                    )
+                    raise TemplateError(f"the chat template puts {foreign.pop()!r} into the content of message {i + 1}")
                 yield span
 
     def _refuse_special(self, messages: Sequence[Message], tools: Sequence[dict]) -> None:
         calls = [call for message in messages for call in message.tool_calls]
         ids = [message.tool_call_id for message in messages]
         if token := self.special.search(json.dumps([*tools, *calls, *ids], ensure_ascii=False)):
-            raise ValueError(
-                f"the special token {token[0]!r} stands in `tools` or in a tool call; take it out"
-            )
+            raise ValueError(f"the special token {token[0]!r} stands in `tools` or in a tool call; take it out")
 
     def _free_characters(self, messages: Sequence[Message], count: int) -> list[str]:
         """Private-use characters that occur nowhere in the template or the contents."""
-        taken = set(self._source).union(*(message.content for message in messages))
-        return [
-            char
-            for code in range(0x100000, 0x100000 + count + len(taken))
-            if (char := chr(code)) not in taken
-        ][:count]
+        taken = set(self.source).union(*(message.content for message in messages))
+        return [char for code in range(0x100000, 0x100000 + count + len(taken)) if (char := chr(code)) not in taken][
+            :count
+        ]
 
 
 def _check_tools(text: str, tools: Sequence[dict]) -> None:

@@ -43,9 +43,7 @@ def answers(
 
 def exact_matches(found: Sequence[str], asked: Sequence[Question]) -> int:
     """Answers equal to the reference, outer white space aside."""
-    return sum(
-        answer.strip() == question.reference.strip() for answer, question in zip(found, asked, strict=True)
-    )
+    return sum(answer.strip() == question.reference.strip() for answer, question in zip(found, asked, strict=True))
 
 
 def _last_words(example: Example) -> str:

@@ -45,7 +45,5 @@ def score(model: Decoder, examples: TokenizedSet, *, batch_size: int, max_length
         batch_total, batch_count = step(trained, frozen, rows)
         total, count = total + float(batch_total), count + float(batch_count)
     if not math.isfinite(total):
-        raise ValueError(
-            f"the loss is {total}; look for NaN or inf in the weights of the model and of its adapter"
-        )
+        raise ValueError(f"the loss is {total}; look for NaN or inf in the weights of the model and of its adapter")
     return Score(total / count, int(count))

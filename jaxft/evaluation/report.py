@@ -143,9 +143,7 @@ def _headlines(run: ReportData, curves: Mapping[str, Points]) -> Iterator[_Fact]
     yield _Fact("Time", _duration(run.seconds), run.device)
 
 
-def _facts(
-    run: ReportData, records: Sequence[Mapping[str, Any]], curves: Mapping[str, Points]
-) -> Iterator[_Fact]:
+def _facts(run: ReportData, records: Sequence[Mapping[str, Any]], curves: Mapping[str, Points]) -> Iterator[_Fact]:
     skipped = max((record.get("skipped_updates", 0) for record in records), default=0)
     yield _Fact("Updates", f"{_last_step(records):,}", f"{skipped:,} skipped, not finite" if skipped else "")
     if curves["epoch"]:

@@ -72,9 +72,7 @@ def resolve_model(
     path = Path(os.path.expanduser(name_or_path))
     if name_or_path and path.is_dir():
         if revision is not None:
-            raise HubError(
-                f"{name_or_path} is a local directory: a revision ({revision}) applies to the Hub only"
-            )
+            raise HubError(f"{name_or_path} is a local directory: a revision ({revision}) applies to the Hub only")
         return ResolvedModel(path)
     _require_repo_id(name_or_path, path)
     if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision) or ".." in revision):
@@ -116,9 +114,7 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
     elif isinstance(error, RevisionNotFoundError):
         fault = f"has no revision {revision}"
     elif isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-        fault = (
-            "is not in the cache in full, and the Hub cannot be reached or is switched off (HF_HUB_OFFLINE)"
-        )
+        fault = "is not in the cache in full, and the Hub cannot be reached or is switched off (HF_HUB_OFFLINE)"
     else:
         fault = "could not be downloaded"
     at = f" --revision {shlex.quote(revision)}" if revision else ""

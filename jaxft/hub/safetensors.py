@@ -191,9 +191,7 @@ def _tensor_info(name: str, entry: object, start: int) -> TensorInfo:
         raise SafetensorsError(f"{where}: shape {shape!r:.99} is too large for any array")
     nbytes = 0 if 0 in shape else extent
     if end - begin != nbytes:
-        raise SafetensorsError(
-            f"{where}: {code} {shape} takes {nbytes} bytes, data_offsets hold {end - begin}"
-        )
+        raise SafetensorsError(f"{where}: {code} {shape} takes {nbytes} bytes, data_offsets hold {end - begin}")
     return TensorInfo(dtype, tuple(shape), start + begin, start + end)
 
 
@@ -360,9 +358,7 @@ def _read_index(path: Path) -> dict[str, set[str]]:
         by_shard: dict[str, set[str]] = {}
         for name, shard in weight_map.items():
             if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
-                raise SafetensorsError(
-                    f"{name!r:.99}: {shard!r:.99} is not the bare name of a safetensors file"
-                )
+                raise SafetensorsError(f"{name!r:.99}: {shard!r:.99} is not the bare name of a safetensors file")
             by_shard.setdefault(shard, set()).add(name)
     except SafetensorsError as error:
         raise SafetensorsError(f"{path}: {error}") from None

@@ -95,7 +95,9 @@ class Attention(nnx.Module):
         q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             start = (0, slots.query[0], 0, 0)
-            cache = LayerCache(*(jax.lax.dynamic_update_slice(c, n.astype(c.dtype), start) for c, n in zip(cache, (k, v), strict=True)))
+            cache = LayerCache(
+                *(jax.lax.dynamic_update_slice(c, n.astype(c.dtype), start) for c, n in zip(cache, (k, v), strict=True))
+            )
             k, v = (c.astype(x.dtype) for c in cache)
         out = attend(q, k, v, slots.mask(self.window))
         return self.o_proj(out.reshape(*x.shape[:2], -1), keys[3]), cache

@@ -71,7 +71,8 @@ class Layer(nnx.Module):
 
         def linear(name: str, features_out: int, features_in: int, bias: bool) -> Linear:
             return Linear(
-                make(f"{name}.weight", features_out, features_in), make(f"{name}.bias", features_out) if bias else None
+                make(f"{name}.weight", features_out, features_in),
+                make(f"{name}.bias", features_out) if bias else None,
             )
 
         def norm(name: str, size: int) -> RMSNorm:

@@ -103,7 +103,13 @@ _ROPE_KEYS = {
         "truncate",
         "original_max_position_embeddings",
     ),
-    "longrope": ("factor", "attention_factor", "long_factor", "short_factor", "original_max_position_embeddings"),
+    "longrope": (
+        "factor",
+        "attention_factor",
+        "long_factor",
+        "short_factor",
+        "original_max_position_embeddings",
+    ),
 }
 
 

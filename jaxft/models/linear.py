@@ -30,9 +30,7 @@ class LinearAdapter(Protocol):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(
-    x: jax.Array, weight: Weight, layout: Layout | None = None, out_dtype: jnp.dtype | None = None
-) -> jax.Array:
+def matmul(x: jax.Array, weight: Weight, layout: Layout | None = None, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """x [..., in] times weight [out, in], transposed: [..., out], accumulated in float32.
 
     Args:

@@ -50,9 +50,7 @@ def _frequencies(rope: Rope, length: jax.Array) -> tuple[jax.Array, float]:
             return _yarn(rope, plain, p)
         case "longrope":
             return _longrope(rope, exponents, p, length)
-    raise ValueError(
-        f"rope type {rope.type!r} is not known; known: default, linear, dynamic, llama3, yarn, longrope"
-    )
+    raise ValueError(f"rope type {rope.type!r} is not known; known: default, linear, dynamic, llama3, yarn, longrope")
 
 
 def _dynamic_ntk(rope: Rope, factor: float, exponents: np.ndarray, length: jax.Array) -> jax.Array:

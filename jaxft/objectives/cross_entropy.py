@@ -23,9 +23,7 @@ CHUNK_LOGITS = 1 << 24
 """Logits held at a time; 16M of them take 64 MB in float32."""
 
 
-def next_token_targets(
-    tokens: jax.Array, loss_mask: jax.Array, segments: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def next_token_targets(tokens: jax.Array, loss_mask: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Targets [B, T] and weights [B, T]: position t predicts token t + 1 where that is supervised.
 
     A token is supervised when its `loss_mask` says so and its predecessor is in the same segment.

@@ -112,9 +112,7 @@ class Checkpoints:
                 logger.warning("%s; it cannot be the best checkpoint", error)
         return None
 
-    def save(
-        self, step: int, state: TrainState, progress: dict[str, Any], *, keep_as_best: bool = False
-    ) -> None:
+    def save(self, step: int, state: TrainState, progress: dict[str, Any], *, keep_as_best: bool = False) -> None:
         """Start to write a checkpoint; it counts from the next `wait`, `steps`, `save` or `close` on.
 
         The arrays are copied before this returns, so the state may be donated to the next update.
@@ -139,9 +137,7 @@ class Checkpoints:
         self._damaged = []
         self._require_space(step, sum(array.nbytes for array in arrays.values()))
         manifest = {"step": step, "best": keep_as_best, "progress": progress, "arrays": _describe(arrays)}
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(_sealed(manifest))
-        )
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(_sealed(manifest)))
         try:
             self._manager.save(step, args=items, force=True)
         except Exception as error:
@@ -227,9 +223,7 @@ class Checkpoints:
         manifest = self._read(step, manifest=ocp.args.JsonRestore()).manifest
         body = {key: value for key, value in manifest.items() if key != "sha256"}
         if manifest.get("sha256") != _sha256_of_json(body):
-            raise DamagedCheckpointError(
-                f"{self._path(step)} is damaged: its manifest does not match its SHA-256"
-            )
+            raise DamagedCheckpointError(f"{self._path(step)} is damaged: its manifest does not match its SHA-256")
         if body["step"] != step:
             raise DamagedCheckpointError(f"{self._path(step)} is damaged: it holds step {body['step']}")
         return body
@@ -249,9 +243,7 @@ class Checkpoints:
             )
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
-        return CheckpointError(
-            f"{self._path(step)} could not be written: {_reason(error)}; {self._last_good()}"
-        )
+        return CheckpointError(f"{self._path(step)} could not be written: {_reason(error)}; {self._last_good()}")
 
     def _last_good(self) -> str:
         there = self.steps()

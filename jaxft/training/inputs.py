@@ -1,27 +1,25 @@
-"""Everything a run needs to know before the first weight is read: mesh, tokenizer, data, order, number of steps."""
+"""What a run needs to know before the first weight is read: mesh, tokenizer, data, order, number of steps."""
 
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
-from transformers import AutoTokenizer
 
 from jaxft.adapters.attach import attach
 from jaxft.adapters.targets import LoraConfig
 from jaxft.config import Config
-from jaxft.data.chat import Renderer
+from jaxft.data.chat import Renderer, load_tokenizer
 from jaxft.data.loader import Schedule
 from jaxft.data.prepare import Prepared, prepare
 from jaxft.data.tokenized import check_vocabulary
-from jaxft.hub.load import describe_model, eos_token_ids, fingerprint, load_model, read_json
+from jaxft.hub.load import check_tensors, describe_model, fingerprint, load_model, read_json
 from jaxft.hub.peft import load_adapter
 from jaxft.hub.resolve import ResolvedModel, resolve_model
 from jaxft.hub.safetensors import Checkpoint
-from jaxft.models.config import DecoderConfig
+from jaxft.models.config import DecoderConfig, Source
 from jaxft.models.decoder import Decoder
 from jaxft.models.families import decoder_config
 from jaxft.models.linear import Adapter
@@ -79,33 +77,38 @@ class Inputs:
             alpha_pattern=c.alpha_pattern,
         )
 
-    @cached_property
-    def tokenizer_fingerprint(self) -> str:
-        """SHA-256 of the tokenizer's vocabulary, merges and special tokens, and of the chat template."""
-        digest = hashlib.sha256(self.renderer.tokenizer.backend_tokenizer.to_str().encode())
-        digest.update(repr(sorted(self.renderer.tokenizer.special_tokens_map.items())).encode())
-        return digest.hexdigest()
-
     @property
-    def eos_ids(self) -> list[int]:
-        """Tokens that end an answer."""
-        return eos_token_ids(self.resolved.path, self.renderer.tokenizer.eos_token_id)
+    def chat_template(self) -> str | None:
+        """The Jinja source that conversations are rendered with."""
+        return self.renderer.template and self.renderer.template.source
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        return fingerprint(Checkpoint.open(self.resolved.path))
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """What must not change between a run and its resumption."""
+        tokenizer = self.renderer.tokenizer
+        specials = sorted(tokenizer.special_tokens_map.items())
         return {
             "data": self.schedule.fingerprint(),
             "held-out data": self.data.eval.fingerprint(),
-            "tokenizer": self.tokenizer_fingerprint,
-            "base": fingerprint(Checkpoint.open(self.resolved.path)),
+            "tokenizer": _sha256(f"{tokenizer.backend_tokenizer.to_str()} {specials}"),
+            "chat template": _sha256(self.chat_template or ""),
+            "base": self.base_fingerprint,
         }
 
     def load(self) -> Decoder:
         """The base on the mesh, with the adapter that is to be trained."""
         c = self.config
         model = load_model(
-            c.model_name_or_path, self.storage, self.quantization, self.mesh, revision=c.model_revision, remat=c.remat
+            c.model_name_or_path,
+            self.storage,
+            self.quantization,
+            self.mesh,
+            revision=c.model_revision,
+            remat=c.remat,
         )
         model.dtype = jax.numpy.dtype(c.dtype)
         if c.adapter == "none":
@@ -115,11 +118,20 @@ class Inputs:
         return attach(model, self.lora, jax.random.key(c.seed))
 
     def describe(self) -> Decoder:
-        """What `load` gives, without memory."""
+        """What `load` gives, without memory and without reading the base's weights.
+
+        Raises:
+            ValueError: the adapter's targets match nothing, or the adapter to go on from does not fit.
+        """
+        c = self.config
         model = describe_model(self.decoder, self.storage, self.quantization)
-        if self.config.adapter == "none":
+        if c.adapter == "none":
             return model
-        return jax.eval_shape(lambda base: attach(base, self.lora, jax.random.key(0)), model)
+        if c.adapter_name_or_path is None:
+            return jax.eval_shape(lambda base: attach(base, self.lora, jax.random.key(0)), model)
+        name, revision = c.model_name_or_path, self.resolved.revision
+        model.source = Source(name, str(self.resolved.path), revision, self.base_fingerprint)
+        return jax.eval_shape(lambda base: load_adapter(base, c.adapter_name_or_path), model)
 
 
 def gather(config: Config) -> Inputs:
@@ -130,9 +142,9 @@ def gather(config: Config) -> Inputs:
     """
     mesh = make_mesh(config.mesh.model_dump())
     resolved = resolve_model(config.model_name_or_path, config.model_revision)
-    decoder = decoder_config(read_json(Path(resolved.path) / "config.json"))
-    tokenizer = AutoTokenizer.from_pretrained(resolved.path, trust_remote_code=False)
-    renderer = Renderer(tokenizer, config.chat_template)
+    decoder = decoder_config(read_json(resolved.path / "config.json"))
+    check_tensors(Checkpoint.open(resolved.path), decoder)
+    renderer = Renderer(load_tokenizer(resolved.path), config.chat_template)
     data = prepare(
         config.datasets,
         renderer,
@@ -155,3 +167,7 @@ def gather(config: Config) -> Inputs:
     )
     total_steps = config.max_steps or max(schedule.steps(config.num_train_epochs), 1)
     return Inputs(config, mesh, resolved, decoder, renderer, data, schedule, total_steps)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

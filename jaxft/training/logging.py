@@ -210,9 +210,7 @@ class _Tracker:
     open: Callable[[ModuleType, Path, str, Mapping[str, Any]], Sink]
 
 
-def _open_tensorboard(
-    tensorboardx: ModuleType, output_dir: Path, run_name: str, config: Mapping[str, Any]
-) -> Sink:
+def _open_tensorboard(tensorboardx: ModuleType, output_dir: Path, run_name: str, config: Mapping[str, Any]) -> Sink:
     writer = tensorboardx.SummaryWriter(str(output_dir / "tensorboard"))
     writer.add_text("run", f"# {run_name}\n```json\n{json.dumps(config, indent=2, default=str)}\n```")
 
@@ -264,9 +262,7 @@ def _import_tracker(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        raise ValueError(
-            f'report_to: {name} needs the package {package}: pip install "jaxft[{name}]"'
-        ) from None
+        raise ValueError(f'report_to: {name} needs the package {package}: pip install "jaxft[{name}]"') from None
 
 
 def _tracking_id(output_dir: Path) -> str:

@@ -57,7 +57,7 @@ class Window:
 
 @dataclass
 class Bookkeeping:
-    """What a checkpoint holds beside the state, as JSON, so that a resumed run goes on as if nothing had happened."""
+    """What a checkpoint holds beside the state, as JSON: a resumed run goes on as if nothing had happened."""
 
     data: Any = None  # the iterator's own state
     tokens: int = 0
@@ -123,8 +123,9 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
         NonFiniteLossError: `max_nonfinite_steps` updates in a row were skipped.
     """
     config, began = inputs.config, time.monotonic()
-    partition, frozen, state, books, step = begin.partition, begin.frozen, begin.state, begin.books, begin.step
-    train_step = make_train_step(partition, begin.optimizer, state, config.seed if config.lora_dropout else None)
+    partition, frozen, state, books = begin.partition, begin.frozen, begin.state, begin.books
+    step, dropout_seed = begin.step, config.seed if config.lora_dropout else None
+    train_step = make_train_step(partition, begin.optimizer, state, dropout_seed)
     eval_step = make_eval_step(partition)
     learning_rate = learning_rate_schedule(config, inputs.total_steps)
     place = jax.tree_util.Partial(jax.device_put, device=batch_sharding(inputs.mesh, leading=1))
@@ -139,7 +140,7 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
         log_evaluation(log, progress, 0, evaluate(state.trained))
 
     with StopSignal() as stop:
-        clock, batch = time.monotonic(), None
+        clock, timed, batch = time.monotonic(), 0, None  # since the last line of the log, in this process
         while step < inputs.total_steps and not books.stopped_early:
             batch = place(next(batches)) if batch is None else batch
             state, metrics = train_step(state, frozen, batch)
@@ -148,6 +149,7 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
             batch = place(next(batches)) if step < inputs.total_steps else None  # while the device works
             metrics = jax.device_get(metrics)
             books.window.add(metrics)
+            timed += int(metrics.tokens)
             gave_up = not metrics.finite and int(state.skipped_in_a_row) >= config.max_nonfinite_steps
 
             record = None
@@ -161,13 +163,13 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
                     "epoch": round(inputs.schedule.epoch(step), 4),
                     "loss": window.loss / max(window.supervised, 1),
                     "grad_norm": float(metrics.grad_norm),
-                    "learning_rate": float(learning_rate(max(step - 1 - skipped, 0))),  # skipped updates do not count
+                    "learning_rate": float(learning_rate(max(step - 1 - skipped, 0))),  # skipped: not counted
                     "tokens": books.tokens,
-                    "tokens_per_second": window.tokens / (now - clock),
+                    "tokens_per_second": timed / (now - clock),
                     "skipped_updates": skipped,
                 }
                 log.log(record)
-                clock = now
+                clock, timed = now, 0
             progress.update(step, record)
             if gave_up:
                 raise NonFiniteLossError(
@@ -228,9 +230,9 @@ def log_evaluation(log: MetricsLog, progress: Progress, step: int, loss: float) 
 
 
 def note_evaluation(books: Bookkeeping, config: Config, step: int, loss: float) -> bool:
-    """Keep the score for early stopping and the best checkpoint; True for a new best."""
+    """Keep the score for early stopping and the best checkpoint; True for a new best, which NaN never is."""
     books.last_eval_loss = loss
-    if books.best_eval_loss is None or loss < books.best_eval_loss:
+    if loss < (math.inf if books.best_eval_loss is None else books.best_eval_loss):
         books.best_eval_loss, books.best_step, books.evaluations_without_gain = loss, step, 0
         return True
     books.evaluations_without_gain += 1

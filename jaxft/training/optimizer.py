@@ -1,5 +1,6 @@
 """AdamW (arXiv 1711.05101) with clipping and a schedule, as transformers' Trainer composes them."""
 
+import math
 from collections.abc import Iterable
 
 import optax
@@ -20,7 +21,7 @@ def learning_rate_schedule(config: Config, total_steps: int) -> optax.Schedule:
     >>> [round(float(learning_rate_schedule(config, 6)(step)), 2) for step in range(7)]
     [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    warmup = config.warmup_steps or round(config.warmup_ratio * total_steps)
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
     remaining = max(total_steps - warmup, 1)
     after = {
         "cosine": optax.cosine_decay_schedule(config.learning_rate, remaining),

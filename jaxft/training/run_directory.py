@@ -122,9 +122,7 @@ class RunDirectory:
         _replace(self.metrics_file, b"".join(kept))
 
 
-def open_run(
-    output_dir: str | Path, resume: bool, config_yaml: str, fingerprints: Mapping[str, str]
-) -> RunDirectory:
+def open_run(output_dir: str | Path, resume: bool, config_yaml: str, fingerprints: Mapping[str, str]) -> RunDirectory:
     """Take possession of an output directory, for a new run or to go on with the one in it.
 
     With `resume` and no checkpoint there yet, the run starts from the beginning: a job that may be killed at
@@ -160,9 +158,7 @@ def open_run(
         raise
 
 
-def _open_locked(
-    path: Path, lock: int, resume: bool, config_yaml: str, fingerprints: dict[str, str]
-) -> RunDirectory:
+def _open_locked(path: Path, lock: int, resume: bool, config_yaml: str, fingerprints: dict[str, str]) -> RunDirectory:
     there = _contents(path)
     if there and not (resume and "run.json" in there):
         raise _occupied(path, there)
@@ -170,9 +166,7 @@ def _open_locked(
     if run.resumed:
         recorded = _read_record(run.run_file)
         _refuse_changes(run, recorded, config_yaml, fingerprints)
-        run.write_run(
-            {**recorded, **_environment(), "resumed": [*recorded["resumed"], _now()], "finished": None}
-        )
+        run.write_run({**recorded, **_environment(), "resumed": [*recorded["resumed"], _now()], "finished": None})
     else:
         if there and (run.adapter.exists() or _read_record(run.run_file)["finished"]):
             raise RunDirectoryError(
@@ -191,15 +185,11 @@ def _open_locked(
 
 def _contents(path: Path) -> list[str]:
     """What is there, apart from the lock and what a killed process was about to write."""
-    return sorted(
-        p.name for p in path.iterdir() if p.name != _LOCK and not (p.name[0] == "." and p.suffix == ".tmp")
-    )
+    return sorted(p.name for p in path.iterdir() if p.name != _LOCK and not (p.name[0] == "." and p.suffix == ".tmp"))
 
 
 def _occupied(path: Path, there: list[str]) -> RunDirectoryError:
-    listed = ", ".join(there[:_LISTED]) + (
-        f" and {len(there) - _LISTED} more" if len(there) > _LISTED else ""
-    )
+    listed = ", ".join(there[:_LISTED]) + (f" and {len(there) - _LISTED} more" if len(there) > _LISTED else "")
     if "run.json" in there:
         advice = "choose another output_dir, or set resume_from_checkpoint: true to go on with the run in it"
     else:
@@ -238,8 +228,7 @@ def _read_record(run_file: Path) -> dict[str, Any]:
             raise ValueError(f"no {', '.join(sorted(missing))}")
     except (ValueError, AttributeError) as error:
         raise RunDirectoryError(
-            f"{run_file} is damaged ({error}): what the run was started with is unknown; "
-            "choose another output_dir"
+            f"{run_file} is damaged ({error}): what the run was started with is unknown; choose another output_dir"
         ) from None
     return record
 
@@ -254,8 +243,7 @@ def _refuse_changes(
     except yaml.YAMLError as error:
         raise RunDirectoryError(f"{run.config_file} is damaged: {error}") from None
     refused = [
-        f"the {name} changed: {old} -> {new}"
-        for name, old, new in _changes(recorded["fingerprints"], fingerprints)
+        f"the {name} changed: {old} -> {new}" for name, old, new in _changes(recorded["fingerprints"], fingerprints)
     ]
     for key, old, new in _changes(before, yaml.load(config_yaml, yaml.BaseLoader)):
         section = key.partition(".")[0]

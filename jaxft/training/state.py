@@ -1,8 +1,8 @@
 """What training changes, apart from what it leaves alone.
 
-A model is taken apart by Variable type: `Adapter` to train adapters, `nnx.Param` to train everything. The trained
-part is a flat dict of arrays, so gradients, optimizer state and checkpoints are dicts with the same keys; the frozen
-part only travels along.
+A model is taken apart by Variable type: `Adapter` to train adapters, `nnx.Param` to train everything. The
+trained part is a flat dict of arrays, so gradients, optimizer state and checkpoints are dicts with the same
+keys; the frozen part only travels along.
 """
 
 from typing import NamedTuple

@@ -51,10 +51,10 @@ def make_train_step(
     state: TrainState,
     dropout_seed: int | None = None,
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]:
-    """The jitted update; it takes over the buffers of the state it is given, and returns one placed like `state`.
+    """The jitted update; it takes over the buffers of the state given, and returns one placed like `state`.
 
-    The gradient is that of the mean over all supervised tokens of all micro-batches and devices. An update whose loss
-    or gradient is not finite leaves parameters and optimizer as they were and is counted.
+    The gradient is that of the mean over all supervised tokens of all micro-batches and devices. An update
+    whose loss or gradient is not finite leaves parameters and optimizer as they were and is counted.
     """
 
     def loss(trained: Trained, frozen: nnx.State, batch: Batch, key: jax.Array):
@@ -99,21 +99,19 @@ def make_train_step(
     return step
 
 
-def initial_state(
-    trained: Trained, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
-) -> TrainState:
+def initial_state(trained: Trained, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
     """The state before the first update; it takes over the trained arrays."""
     counters = [jnp.zeros((), jnp.int32) for _ in range(3)]
     state = TrainState(counters[0], trained, optimizer.init(trained), counters[1], counters[2])
     if mesh is None:
         return state
     replicated = NamedSharding(mesh, P())
-    return jax.tree.map(
-        lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, replicated), state
-    )
+    return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, replicated), state)
 
 
-def make_eval_step(partition: Partition) -> Callable[[Trained, nnx.State, Batch], tuple[jax.Array, jax.Array]]:
+def make_eval_step(
+    partition: Partition,
+) -> Callable[[Trained, nnx.State, Batch], tuple[jax.Array, jax.Array]]:
     """Jitted (loss sum, count) of a batch [B, T]."""
 
     @jax.jit

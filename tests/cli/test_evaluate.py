@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 import jaxft
-from jaxft.adapters.attach import attach
+from jaxft.adapters.attach import Factors, attach, attach_factors, factors_of
 from jaxft.adapters.targets import LoraConfig
 from jaxft.cli import evaluate, export
 from jaxft.cli.train import train
@@ -25,6 +25,7 @@ STORIES = [
     "One day, a bird flew to the top of a tall tree.",
     'Her mom said, "Don\'t be sad. We can play again tomorrow."',
 ]
+TURNS = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day to you"}]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,8 @@ def test_equals_the_held_out_loss_of_training(stories, evaluated, tmp_path):
             "datasets": [str(trained_on)],
             "eval_datasets": [str(held_out)],
             "dtype": "float32",
-            "quant_type": "nf4",
+            "quant_type": "int8",
+            "remat": "none",
             "max_steps": 2,
             "learning_rate": 0.01,
             "max_length": 300,
@@ -72,7 +74,7 @@ def test_equals_the_held_out_loss_of_training(stories, evaluated, tmp_path):
     peft = ["--run", str(result.output_dir), "--format", "peft", "--output", str(tmp_path / "peft")]
     assert export.main(peft) == 0
 
-    found = evaluated("--adapter", tmp_path / "peft", "--data", held_out, "--quantization", "nf4")
+    found = evaluated("--adapter", tmp_path / "peft", "--data", held_out, "--quantization", "int8")
     assert found["base"]["loss"] == pytest.approx(losses[0], rel=1e-6)
     assert found["adapter"]["loss"] == pytest.approx(losses[-1], rel=1e-6)
     assert losses[-1] == result.metrics["eval_loss"]
@@ -87,15 +89,16 @@ def test_equals_transformers(stories, evaluated, tmp_path, all_tokens):
 
     pairs = [(story[:20], story[20:]) for story in STORIES]
     data = write(tmp_path / "data.jsonl", [{"question": a, "answer": b, "id": 3} for a, b in pairs])
-    arguments = ["--columns", "prompt=question,completion=answer", "--max-length", "60", "--batch-size", "1"]
+    arguments = ["--columns", "prompt=question,completion=answer", "--max-length", "40", "--batch-size", "1"]
     found = evaluated("--data", data, *arguments, *["--all-tokens"] * all_tokens)
 
-    tokenizer, total, count = AutoTokenizer.from_pretrained(stories), 0.0, 0
+    tokenizer, total, count, too_long = AutoTokenizer.from_pretrained(stories), 0.0, 0, 0
     model = LlamaForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
     for question, answer in pairs:
         encoded = tokenizer(question + answer, return_offsets_mapping=True)
         ids = torch.tensor([[*encoded.input_ids, tokenizer.eos_token_id]])
-        if ids.shape[1] > 60:
+        if ids.shape[1] > 40:
+            too_long += 1
             continue
         from_answer = [start >= len(question) for start, _ in encoded.offset_mapping] + [True]
         wanted = torch.tensor([True] * ids.shape[1] if all_tokens else from_answer)
@@ -106,23 +109,37 @@ def test_equals_transformers(stories, evaluated, tmp_path, all_tokens):
         total += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum").item()
         count += int((labels != -100).sum())
     assert encoded.input_ids[0] == tokenizer.bos_token_id
-    assert found["data"]["too_long"] == 1
+    assert found["data"]["too_long"] == too_long > 0
     assert found["base"]["tokens"] == count
     assert found["base"]["loss"] == pytest.approx(total / count, rel=1e-5)
     assert found["base"]["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-4)
     assert "adapter" not in found
+    assert found["settings"] == {
+        "model": str(stories),
+        "revision": None,
+        "adapter": None,
+        "data": str(data),
+        "type": None,
+        "columns": {"prompt": "question", "completion": "answer"},
+        "chat_template": None,
+        "max_length": 40,
+        "all_tokens": all_tokens,
+        "batch_size": 1,
+        "dtype": "float32",
+        "quantization": None,
+    }
 
 
 @pytest.fixture(scope="module")
 def adapter(stories, tmp_path_factory) -> Path:
     """An adapter that changes the model, with a tokenizer that has a chat template."""
     directory = tmp_path_factory.mktemp("adapter")
-    model = attach(jaxft.load_model(stories), LoraConfig(r=2, lora_alpha=4), jax.random.key(0))
-    jaxft.save_adapter(model, directory)
-    factors = load_file(directory / "adapter_model.safetensors")
-    random = np.random.default_rng(0)
-    changed = {name: random.normal(0, 0.1, part.shape).astype(np.float32) for name, part in factors.items()}
-    save_file(changed, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    base, config, random = jaxft.load_model(stories), LoraConfig(r=2, lora_alpha=4), np.random.default_rng(0)
+    factors = {
+        module: Factors(*(random.normal(0, 0.1, part.shape).astype(np.float32) for part in (one.A, one.B)))
+        for module, one in factors_of(attach(base, config, jax.random.key(0))).items()
+    }
+    jaxft.save_adapter(attach_factors(base, config, factors), directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(stories / name, directory / name)
     (directory / "chat_template.jinja").write_text(CHATML)
@@ -130,10 +147,7 @@ def adapter(stories, tmp_path_factory) -> Path:
 
 
 def test_table(stories, adapter, evaluated, tmp_path, capsys):
-    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day to you"}]
-    data = write(
-        tmp_path / "data.jsonl", [{"messages": turns}, {"messages": turns * 20}, {"messages": turns * 2}]
-    )
+    data = write(tmp_path / "data.jsonl", [{"messages": TURNS * times} for times in (1, 20, 2)])
     arguments = ["--data", str(data), "--max-length", "200"]
     common = ["--model", str(stories), "--dtype", "float32"]
     assert evaluate.main([*common, *arguments, "--adapter", str(adapter)]) == 0
@@ -152,29 +166,6 @@ def test_table(stories, adapter, evaluated, tmp_path, capsys):
     assert abs(float(tuned) - float(loss)) > 0.01
 
 
-def test_settings_are_in_the_json(stories, evaluated, tmp_path, monkeypatch):
-    data = write(tmp_path / "data.jsonl", [{"text": STORIES[0]}])
-    seen = []
-    load = evaluate.load_model
-    monkeypatch.setattr(evaluate, "load_model", lambda *a, **k: seen.append((a[1:3], k)) or load(*a, **k))
-    found = evaluated("--data", data, "--type", "text", "--quantization", "int8")
-    assert seen == [(("float32", "int8"), {"revision": None})]
-    assert found["settings"] == {
-        "model": str(stories),
-        "revision": None,
-        "adapter": None,
-        "data": str(data),
-        "type": "text",
-        "columns": {},
-        "chat_template": None,
-        "max_length": 2048,
-        "all_tokens": False,
-        "batch_size": 8,
-        "dtype": "float32",
-        "quantization": "int8",
-    }
-
-
 @pytest.mark.parametrize(
     "records, more, message",
     [
@@ -184,7 +175,7 @@ def test_settings_are_in_the_json(stories, evaluated, tmp_path, monkeypatch):
         ([{"q": "x"}], [], "data.jsonl:1: no known format"),
         ([{"q": "x"}], ["--columns", "text=body"], "data.jsonl:1: no column `body`"),
         ([{"text": "word " * 30}], ["--max-length", "9"], "none of 1 examples is left: 1 are longer than"),
-        ([{"messages": [{"role": "user", "content": "x"}]}], [], "needs a chat template"),
+        ([{"messages": TURNS}], [], "data.jsonl:1: a conversation needs a chat template"),
     ],
 )
 def test_refuses(stories, tmp_path, capsys, records, more, message):
@@ -216,14 +207,23 @@ def test_refuses_arguments(capsys, more, message):
     assert message in capsys.readouterr().err
 
 
-def test_refuses_an_adapter_for_another_base(stories, adapter, tmp_path, capsys):
-    weights = load_file(stories / "model.safetensors")
-    copy = Path(shutil.copytree(stories, tmp_path / "model", copy_function=shutil.copyfile))
-    copy.chmod(0o755)
-    weights["model.norm.weight"] = weights["model.norm.weight"] * np.float32(np.nan)
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+@pytest.mark.parametrize(
+    "scale, with_adapter, message",
+    [
+        (np.nan, False, "the loss is nan; look for NaN or inf in the weights"),
+        (2.0, True, "the adapter was trained on other weights"),
+    ],
+)
+def test_refuses_weights(stories, adapter, tmp_path, capsys, scale, with_adapter, message):
+    weights, model = load_file(stories / "model.safetensors"), tmp_path / "model"
+    weights["model.norm.weight"] = weights["model.norm.weight"] * np.float32(scale)
+    model.mkdir()
+    save_file(weights, model / "model.safetensors")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(stories / name, model / name)
     data = write(tmp_path / "data.jsonl", [{"text": STORIES[0]}])
-    assert evaluate.main(["--model", str(copy), "--data", str(data)]) == 2
+    arguments = ["--model", str(model), "--data", str(data), *["--adapter", str(adapter)] * with_adapter]
+    assert evaluate.main(arguments) == 2
     printed = capsys.readouterr()
-    assert "the loss is nan; look for NaN or inf in the weights" in printed.err
+    assert message in printed.err
     assert printed.out == ""

@@ -160,9 +160,7 @@ def test_peft_export_in_peft(base, run, peft_export):
 @pytest.mark.parity
 def test_merged_export_in_transformers(base, run, merged_export):
     pytest.importorskip("torch")
-    np.testing.assert_allclose(
-        torch_logits(torch_model(merged_export)), tuned_logits(base, run), atol=1e-4, rtol=0
-    )
+    np.testing.assert_allclose(torch_logits(torch_model(merged_export)), tuned_logits(base, run), atol=1e-4, rtol=0)
 
 
 def test_merges_into_the_original_weights(base, run, merged_export):
@@ -185,9 +183,7 @@ def test_writes_the_dtype_of_the_checkpoint_by_default(base, run, tmp_path):
     found = load_file(output / "model.safetensors")
     for name, expected in merged_weights(base, run / "adapter").items():
         assert found[name].dtype == ml_dtypes.bfloat16
-        np.testing.assert_allclose(
-            found[name].astype(np.float32), expected, rtol=2**-8, atol=1e-6, err_msg=name
-        )
+        np.testing.assert_allclose(found[name].astype(np.float32), expected, rtol=2**-8, atol=1e-6, err_msg=name)
     assert json.loads((output / "config.json").read_text()) == LLAMA
     logits, expected = np.asarray(jaxft.load_model(output)(TOKENS)), tuned_logits(base, run)
     assert 0 < np.linalg.norm(logits - expected) < 0.02 * np.linalg.norm(expected)

@@ -16,9 +16,7 @@ START, END, EOS = 256, 257, 258  # of byte_tokenizer
 
 
 def conversation(*turns: tuple[str, str]) -> Conversation:
-    return Conversation(
-        parse_messages([{"role": role, "content": text} for role, text in turns]), origin="f:1"
-    )
+    return Conversation(parse_messages([{"role": role, "content": text} for role, text in turns]), origin="f:1")
 
 
 def as_dicts(example: Conversation) -> list[dict]:
@@ -82,10 +80,8 @@ def test_tokens_are_those_of_transformers_and_answers_are_learned_with_their_end
     renderer = real_renderer(name)
     example = conversation(*(TALK[1:] if "gemma" in name else TALK), ("assistant", LAST))
     tokens = renderer.encode([example])[0].tokens.tolist()
-    source = renderer.template._source
-    rendered = renderer.tokenizer.apply_chat_template(
-        as_dicts(example), chat_template=source, return_dict=False
-    )
+    source = renderer.template.source
+    rendered = renderer.tokenizer.apply_chat_template(as_dicts(example), chat_template=source, return_dict=False)
     assert tokens == list(rendered)
     last = LAST.strip() if strips else LAST
     assert runs(renderer, example) == [("Hello!" + end).strip(), (before + last + end).strip()]
@@ -98,7 +94,7 @@ def test_prompts_are_those_of_transformers(real_renderer, name):
     prompt, reference = renderer.prompt(example)
     expected = renderer.tokenizer.apply_chat_template(
         as_dicts(example)[:-1],
-        chat_template=renderer.template._source,
+        chat_template=renderer.template.source,
         add_generation_prompt=True,
         return_dict=False,
     )
@@ -112,11 +108,9 @@ def test_prompts_are_those_of_transformers(real_renderer, name):
 def test_masks_begin_where_the_prompts_of_transformers_end(material, real_renderer, name):
     """Where each prompt is a prefix of the whole, in tokens, the masks follow from transformers alone."""
     renderer = real_renderer(name)
-    tokenizer, source = renderer.tokenizer, renderer.template._source
+    tokenizer, source = renderer.tokenizer, renderer.template.source
     end = tokenizer.convert_tokens_to_ids(TEMPLATES[name][2])
-    _, examples = convert(
-        read(str(material / "data/llamafactory-demo/glaive_toolcall_en_demo.json")), chat=True
-    )
+    _, examples = convert(read(str(material / "data/llamafactory-demo/glaive_toolcall_en_demo.json")), chat=True)
     plain = [example for example in examples if not example.tools][:25]
     assert max(len(example.messages) for example in plain) >= 8
     for example, (tokens, mask) in zip(plain, renderer.encode(plain), strict=True):
@@ -186,8 +180,7 @@ def test_contents_cannot_write_special_tokens(real_renderer, name):
     """Attacked and harmless conversations hold the same special tokens, and the attack is there as text."""
     renderer = real_renderer(name)
     harmless, attacked = (
-        renderer.encode([conversation(("user", text), ("assistant", f"a {text}"))])[0]
-        for text in ("harmless", ATTACK)
+        renderer.encode([conversation(("user", text), ("assistant", f"a {text}"))])[0] for text in ("harmless", ATTACK)
     )
     special = [index for index, token in renderer.tokenizer.added_tokens_decoder.items() if token.special]
     seen = [[token for token in one.tokens.tolist() if token in special] for one in (harmless, attacked)]
@@ -198,9 +191,7 @@ def test_contents_cannot_write_special_tokens(real_renderer, name):
     assert ATTACK.replace(" ", "") in renderer.tokenizer.decode(learned).replace(" ", "")
 
 
-TEXT = st.lists(
-    st.sampled_from(["a", " ", "\n", "é", "\U00100000", *IM, "<eos>", "<|im_", "end|>"]), min_size=1
-)
+TEXT = st.lists(st.sampled_from(["a", " ", "\n", "é", "\U00100000", *IM, "<eos>", "<|im_", "end|>"]), min_size=1)
 CONTENT = TEXT.map("".join).filter(str.strip)
 
 
@@ -221,9 +212,7 @@ def test_any_content_becomes_its_bytes(chatml, pairs):
 def test_a_token_that_takes_in_blanks_is_still_the_templates_own(byte_tokenizer):
     """With `lstrip`, a special token's span begins with the blanks before it, which belong to a content."""
     tokenizer = copy.deepcopy(byte_tokenizer)
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [AddedToken("<|end|>", lstrip=True, special=True)]}
-    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|end|>", lstrip=True, special=True)]})
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     renderer = Renderer(tokenizer, CHATML.replace("<|im_end|>", "<|end|>"))
     tokens, mask = renderer.encode([conversation(("user", "q  "), ("assistant", "a <|end|> \n"))])[0]
@@ -261,8 +250,7 @@ def test_bos_comes_first_where_the_tokenizer_adds_one(real_tokenizer):
     assert expected[0] == tokenizer.bos_token_id
     assert tokenizer.decode(tokens[mask]) == "four</s>"
     assert (
-        renderer.prompt(Completion("Q: two plus two?", " four"))[0].tolist()
-        == tokenizer("Q: two plus two?").input_ids
+        renderer.prompt(Completion("Q: two plus two?", " four"))[0].tolist() == tokenizer("Q: two plus two?").input_ids
     )
 
 
@@ -289,9 +277,7 @@ def test_all_tokens_but_the_first(chatml, plain):
 def test_many_examples_keep_their_order(chatml):
     examples = [conversation(("user", f"{i}"), ("assistant", f"{i}!")) for i in range(600)]
     found = chatml.encode(examples)
-    assert [bytes(tokens[mask][:-1].tolist()).decode() for tokens, mask in found] == [
-        f"{i}!" for i in range(600)
-    ]
+    assert [bytes(tokens[mask][:-1].tolist()).decode() for tokens, mask in found] == [f"{i}!" for i in range(600)]
 
 
 # --- the rest -----------------------------------------------------------------------------------------------
@@ -322,9 +308,7 @@ def test_templates_by_name_file_and_source(byte_tokenizer, tmp_path):
     assert Renderer(byte_tokenizer, str(file)).encode([example])[0].tokens.tolist() == short
     long = Renderer(byte_tokenizer, "chatml").encode([example])[0].tokens.tolist()
     assert Renderer(tokenizer).encode([example])[0].tokens.tolist() == long != short
-    with pytest.raises(
-        ValueError, match=r"'zephir': no such file, and no name among: chatml, short, default"
-    ):
+    with pytest.raises(ValueError, match=r"'zephir': no such file, and no name among: chatml, short, default"):
         Renderer(tokenizer, "zephir")
     tokenizer.chat_template = {"a": source, "b": source}
     with pytest.raises(ValueError, match=r"several chat templates; set `chat_template` to one of: a, b"):
@@ -341,9 +325,7 @@ def test_the_date_in_a_template_stays_the_same(byte_tokenizer):
 def test_errors_name_the_example(byte_tokenizer, plain):
     example = conversation(("user", "q"), ("assistant", "a"))
     for ask in (lambda one: plain.encode([one]), plain.prompt):
-        with pytest.raises(
-            ValueError, match=r"^f:1: a conversation needs a chat template and the tokenizer has none"
-        ):
+        with pytest.raises(ValueError, match=r"^f:1: a conversation needs a chat template and the tokenizer has none"):
             ask(example)
     picky = Renderer(byte_tokenizer, "{{ raise_exception('too short') if messages|length > 2 }}" + CHATML)
     longer = conversation(*[(m.role, m.content) for m in example.messages], ("user", "r"), ("assistant", "b"))

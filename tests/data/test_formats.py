@@ -74,9 +74,7 @@ def test_columns():
     columns = {"prompt": "question", "completion": "answer"}
     found, examples = convert(records(value), chat=True, columns=columns)
     assert examples == [Conversation((QUESTION, ANSWER))]
-    assert found == (
-        "completion (detected by prompt = question, completion = answer) -> chat template; not read: text"
-    )
+    assert found == ("completion (detected by prompt = question, completion = answer) -> chat template; not read: text")
     assert one(value, type="text") == Text("unrelated")
     assert one({"messages": TURNS, "text": "t"}, type="messages") == Conversation((QUESTION, ANSWER))
 
@@ -137,9 +135,7 @@ def test_errors_name_the_record_and_shapes_do_not_mix():
     good = {"prompt": "q", "completion": "a"}
     with pytest.raises(ValueError, match=r"^data\.jsonl:2: `completion` is missing"):
         convert(records(good, {"prompt": "q", "completion": None}), chat=True)
-    with pytest.raises(
-        ValueError, match=r"^data\.jsonl:2: .*format text, but data\.jsonl:1 is of format completion"
-    ):
+    with pytest.raises(ValueError, match=r"^data\.jsonl:2: .*format text, but data\.jsonl:1 is of format completion"):
         convert(records(good, {"text": "t"}), chat=True)
     with pytest.raises(ValueError, match=r"^data\.jsonl:2: no known format"):
         convert(records(good, {"prompt": "q"}), chat=True)

@@ -12,9 +12,7 @@ def naive_best_fit_decreasing(lengths: list[int], row_length: int) -> list[int]:
     """Sum of each row, by the textbook: try every row and take the one that is left with least room."""
     rows: list[int] = []
     for length in sorted(lengths, reverse=True):
-        fitting = [
-            (row_length - used - length, i) for i, used in enumerate(rows) if used + length <= row_length
-        ]
+        fitting = [(row_length - used - length, i) for i, used in enumerate(rows) if used + length <= row_length]
         if fitting:
             rows[min(fitting)[1]] += length
         else:

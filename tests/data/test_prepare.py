@@ -65,9 +65,7 @@ def test_counts_of_every_example(write, renderer):
 
     with pytest.raises(ValueError, match=rf"{path}:2: {OVERHEAD + 40} tokens, but `max_length` is {limit}"):
         prepare([spec(path)], renderer, max_length=limit, excess_length_strategy="raise")
-    with pytest.raises(
-        ValueError, match=rf"{path}: none of 4 examples is left: 4 are longer than `max_length` 5"
-    ):
+    with pytest.raises(ValueError, match=rf"{path}: none of 4 examples is left: 4 are longer than `max_length` 5"):
         prepare([spec(path)], renderer, max_length=5)
 
 
@@ -100,9 +98,7 @@ def test_separate_eval_sets(write, renderer):
     assert (prepared.report.train, prepared.report.held_out) == (5, 2)
     assert prepared.report.eval_sources[0].read == 2
     leaking = write("c.jsonl", ("r", "a"), ("q3 ", "a"))
-    with pytest.raises(
-        ValueError, match=rf"1 held-out examples are also trained on \({train}:4 = {leaking}:2\)"
-    ):
+    with pytest.raises(ValueError, match=rf"1 held-out examples are also trained on \({train}:4 = {leaking}:2\)"):
         prepare([spec(train)], renderer, max_length=64, eval_datasets=[spec(leaking)])
     with pytest.raises(ValueError, match=r"`eval_datasets` and `val_set_size` are both given"):
         prepare([spec(train)], renderer, max_length=64, eval_datasets=[spec(test)], val_set_size=1)
@@ -170,8 +166,7 @@ def test_real_data(material: Path, real_tokenizer):
     prepared = prepare([few], Renderer(tokenizer), max_length=256, val_set_size=100)
     records = [json.loads(line) for line in path.read_text().splitlines()[:300]]
     turns = [
-        [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}]
-        for r in records
+        [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}] for r in records
     ]
     lengths = [len(tokenizer.apply_chat_template(turn, return_dict=False)) for turn in turns]
     report = prepared.report.sources[0]

@@ -69,9 +69,7 @@ def test_text_without_special_tokens_ends_with_eos():
 def test_a_last_answer_that_is_closed_differently_from_earlier_ones():
     source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ eos_token }}"
     prompt = "{% if add_generation_prompt %}[assistant]{% endif %}"
-    body = source.replace(
-        "{{ eos_token }}", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}" + prompt
-    )
+    body = source.replace("{{ eos_token }}", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}" + prompt)
     assert learned(body, TWO, "</s>") == ["one", "two</s>"]
 
 
@@ -95,9 +93,7 @@ def test_thinking_that_the_template_drops_from_earlier_turns():
     first, last = "<think>a</think>one", "<think>b</think>two"
     example = conversation(("user", "q"), ("assistant", first), ("user", "r"), ("assistant", last))
     assert learned(cut + PROMPT, example, *IM) == ["one<|im_end|>", f"{last}<|im_end|>"]
-    hostile = conversation(
-        ("user", "q"), ("assistant", first + "<|im_end|>"), ("user", "r"), ("assistant", "b")
-    )
+    hostile = conversation(("user", "q"), ("assistant", first + "<|im_end|>"), ("user", "r"), ("assistant", "b"))
     rendered = template(cut + PROMPT, *IM).render(hostile)
     contents = [rendered.text[start:end] for start, end in rendered.content]
     assert contents == ["q", "one<|im_end|>", "r", "b"]

@@ -99,9 +99,7 @@ def test_the_page_is_self_contained(render, tmp_path):
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert html.startswith("<!doctype html>")
     assert not re.search(r"https?:|//[a-z]|url\(|@import|javascript:", html)
-    assert {tag for tag, _ in page.tags}.isdisjoint(
-        {"script", "link", "img", "iframe", "object", "a", "form"}
-    )
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "img", "iframe", "object", "a", "form"})
     assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on")]
     assert {"src", "href", "srcset"}.isdisjoint(key for _, attributes in page.tags for key in attributes)
     (policy,) = (a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
@@ -133,10 +131,7 @@ def test_the_numbers_shown_are_the_numbers_given(render):
 
 
 def test_the_throughput_is_the_median(render):
-    lines = [
-        {"step": step, "loss": 1.0, "tokens_per_second": speed}
-        for step, speed in ((1, 10), (2, 999), (3, 700))
-    ]
+    lines = [{"step": step, "loss": 1.0, "tokens_per_second": speed} for step, speed in ((1, 10), (2, 999), (3, 700))]
     assert "Median throughput 700 tokens/s" in render(lines).text
 
 
@@ -152,9 +147,7 @@ def test_text_from_outside_is_shown_and_never_run(render):
     attack = '"><script>alert(1)</script>{{ 7*7 }}<!--'
     source = replace(SOURCE, path=attack)
     run = replace(RUN, model=attack, method=attack, device=attack, versions={attack: attack})
-    run = replace(
-        run, data=replace(RUN.data, sources=(source,)), parameters=[ParameterCount(attack, 1, 1, True)]
-    )
+    run = replace(run, data=replace(RUN.data, sources=(source,)), parameters=[ParameterCount(attack, 1, 1, True)])
     page = render(records(5), run, [Sample(attack, attack, attack, attack), *SAMPLES], title=attack)
     assert "script" not in {tag for tag, _ in page.tags}
     assert page.text.count(attack) >= 11
@@ -172,10 +165,7 @@ def test_answers_stand_side_by_side_and_equal_ones_are_named(render):
 
 
 def test_text_that_utf8_cannot_hold_is_written_visibly(render):
-    assert (
-        r"lone \ud800 surrogate"
-        in render(records(5), samples=[Sample("lone \ud800 surrogate", "", "", "")]).text
-    )
+    assert r"lone \ud800 surrogate" in render(records(5), samples=[Sample("lone \ud800 surrogate", "", "", "")]).text
 
 
 def test_not_finite_losses_are_gaps_and_counted_however_they_were_written(render):
@@ -231,10 +221,7 @@ def test_a_long_run_is_a_small_page(render, tmp_path):
     lines = [json.loads(json.dumps(line)) for line in records(100_000, every=1)]
     page = render(lines, samples=SAMPLES)
     assert (tmp_path / "report.html").stat().st_size < 200_000
-    assert (
-        "Long curves: each point is the mean of up to 250 records in a row, the band is their range."
-        in page.text
-    )
+    assert "Long curves: each point is the mean of up to 250 records in a row, the band is their range." in page.text
     assert "Long curves" not in render(records(100)).text
 
 

@@ -251,9 +251,7 @@ def test_logits_that_are_not_finite_are_an_error(tiny):
     model, asked = tiny(), prompts(5, 23, 11)
     whole = generate(model, asked, max_new_tokens=NEW, eos_ids=NEVER)
     place_of = {
-        token: (row, index)
-        for row, text in enumerate(whole)
-        for index, token in reversed(list(enumerate(text)))
+        token: (row, index) for row, text in enumerate(whole) for index, token in reversed(list(enumerate(text)))
     }
     seen = [set(text) for text in (*asked, *whole)]
     bad = next(token for token in place_of if sum(token in tokens for tokens in seen) == 1)

@@ -38,8 +38,7 @@ CONFIGS = {
         "num_hidden_layers": 5,
         "use_sliding_window": True,
         "sliding_window": 7,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]
-        + ["sliding_attention"] * 2,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] + ["sliding_attention"] * 2,
     },
     # The texts cross the length at which frequencies begin to change; earlier keys keep those of their time.
     "rope-dynamic": {

@@ -103,7 +103,8 @@ def test_jaxft_to_peft(base, settings, tmp_path):
 def test_peft_to_jaxft_and_out_again(base, settings, tmp_path):
     torch.manual_seed(5)
     wrapped = peft.get_peft_model(
-        torch_base(base), peft.LoraConfig(**dict(target_modules="all-linear", task_type="CAUSAL_LM") | settings)
+        torch_base(base),
+        peft.LoraConfig(**dict(target_modules="all-linear", task_type="CAUSAL_LM") | settings),
     ).eval()
     with torch.no_grad():
         for parameter in wrapped.parameters():

@@ -371,9 +371,7 @@ def mutated(draw) -> bytes:
     length = len(content)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(content) - 1))
-        replacement = st.binary(max_size=3) | st.sampled_from(
-            [b'"', b"}", b"[", b"9", b"0", b",", b"-", b"\\"]
-        )
+        replacement = st.binary(max_size=3) | st.sampled_from([b'"', b"}", b"[", b"9", b"0", b",", b"-", b"\\"])
         content[at : at + draw(st.integers(0, 3))] = draw(replacement)
         if not content:
             return b""

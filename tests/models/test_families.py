@@ -48,7 +48,9 @@ CONFIGS = {
     "llama-tied": llama(tie_word_embeddings=True),
     "llama-mha-biases": llama(num_key_value_heads=6, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3),
     "llama-wide-heads": llama(head_dim=14, hidden_act="gelu"),
-    "llama-gelu-tanh": llama(hidden_act="gelu_pytorch_tanh", rope_parameters=dict(rope_type="default", rope_theta=99.0)),
+    "llama-gelu-tanh": llama(
+        hidden_act="gelu_pytorch_tanh", rope_parameters=dict(rope_type="default", rope_theta=99.0)
+    ),
     "rope-linear": rope(rope_type="linear", factor=3.0, rope_theta=1e4),
     "rope-dynamic-short": rope(rope_type="dynamic", factor=2.0, rope_theta=1e4),
     "rope-dynamic-long": llama(

@@ -28,9 +28,7 @@ def test_int8_codes_scales_and_values(dtype):
     np.testing.assert_array_equal(q.scales, absmax)
     codes = np.rint(values * (1 / absmax * np.float32(127)))
     np.testing.assert_array_equal(q.codes, codes)
-    np.testing.assert_array_equal(
-        dequantize(q, jnp.float32), codes.astype(np.float32) * absmax * np.float32(1 / 127)
-    )
+    np.testing.assert_array_equal(dequantize(q, jnp.float32), codes.astype(np.float32) * absmax * np.float32(1 / 127))
 
 
 def test_int8_rounds_half_to_even_and_keeps_zero_rows():

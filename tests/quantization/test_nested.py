@@ -9,9 +9,7 @@ import pytest
 from jaxft.quantization import nested
 
 encode, decode = jax.jit(nested.encode), jax.jit(nested.decode)
-X86 = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="torch rounds by instruction set"
-)
+X86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="torch rounds by instruction set")
 
 
 def absmax_like(shape, seed=0):

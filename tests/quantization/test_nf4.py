@@ -43,9 +43,7 @@ class Reference:
 
     def dequantized(self, absmax, dtype):
         torch = pytest.importorskip("torch")
-        out = torch.ops.bitsandbytes.dequantize_4bit(
-            self.packed, absmax, 64, "nf4", self.shape, getattr(torch, dtype)
-        )
+        out = torch.ops.bitsandbytes.dequantize_4bit(self.packed, absmax, 64, "nf4", self.shape, getattr(torch, dtype))
         return out.float().numpy()
 
 
@@ -81,9 +79,7 @@ def test_equals_bitsandbytes_bit_for_bit(bnb_kernels, one_torch_thread, dtype, s
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_real_weights_equal_bitsandbytes_bit_for_bit(material, bnb_kernels, dtype):
     torch = pytest.importorskip("torch")
-    tensors = pytest.importorskip("safetensors.numpy").load_file(
-        material / "models/stories15M/model.safetensors"
-    )
+    tensors = pytest.importorskip("safetensors.numpy").load_file(material / "models/stories15M/model.safetensors")
     names = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(6)]
     stack = jnp.asarray(np.stack([tensors[name] for name in names]), dtype)
     assert stack.shape == (6, 288, 768)

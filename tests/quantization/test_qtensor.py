@@ -86,9 +86,7 @@ def test_scan_over_the_stack_equals_a_loop_over_layers(format):
 
     @jax.jit
     def scanned(stack, xs):
-        return jax.lax.scan(
-            lambda total, q: (total + xs @ q.dequantize(jnp.float32).T, None), 0.0 * xs[:, :64], stack
-        )
+        return jax.lax.scan(lambda total, q: (total + xs @ q.dequantize(jnp.float32).T, None), 0.0 * xs[:, :64], stack)
 
     dense = dequantize(stack, jnp.float32)
     np.testing.assert_allclose(scanned(stack, xs)[0], xs @ dense[0].T + xs @ dense[1].T, rtol=1e-5, atol=1e-6)
@@ -141,9 +139,7 @@ def test_donated_buffers_are_reused(format):
     ids=str,
 )
 def test_bytes_per_weight(format, expected):
-    abstract = jax.eval_shape(
-        partial(quantize, format=format), jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16)
-    )
+    abstract = jax.eval_shape(partial(quantize, format=format), jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16))
     assert abstract.nbytes == pytest.approx(expected * 1024 * 2048, abs=0)
     compiled = dequantize.lower(abstract, jnp.bfloat16).compile()
     assert compiled.memory_analysis().argument_size_in_bytes == abstract.nbytes
@@ -174,9 +170,7 @@ def operations(compiled):
 @pytest.mark.parametrize("width", [576, 600])
 @ALL
 def test_dequantizing_is_one_fusion(format, width):
-    abstract = jax.eval_shape(
-        partial(quantize, format=format), jax.ShapeDtypeStruct((2, 64, width), jnp.float32)
-    )
+    abstract = jax.eval_shape(partial(quantize, format=format), jax.ShapeDtypeStruct((2, 64, width), jnp.float32))
     compiled = dequantize.lower(abstract, jnp.bfloat16).compile()
     nested = abstract.nested_absmax is not None
     assert operations(compiled) == ["fusion"] * (2 if nested else 1)
@@ -203,9 +197,7 @@ def mesh():
     ids=str,
 )
 def test_specs_of_the_leaves(mesh, format, width, spec, scales):
-    abstract = jax.eval_shape(
-        partial(quantize, format=format), jax.ShapeDtypeStruct((2, 64, width), jnp.bfloat16)
-    )
+    abstract = jax.eval_shape(partial(quantize, format=format), jax.ShapeDtypeStruct((2, 64, width), jnp.bfloat16))
     specs = abstract.specs(spec, mesh)
     assert (specs.codes, specs.scales) == (spec, scales)
     if abstract.nested_absmax is not None:
@@ -226,9 +218,7 @@ def test_sharded_leaves_give_the_same_weight(mesh, format, spec):
     placed = jax.device_put(q, shardings)
     assert_same(placed, q)
     np.testing.assert_array_equal(dequantize(placed, jnp.bfloat16), dequantize(q, jnp.bfloat16))
-    sharded = jax.jit(
-        partial(quantize, format=format), in_shardings=NamedSharding(mesh, spec), out_shardings=shardings
-    )
+    sharded = jax.jit(partial(quantize, format=format), in_shardings=NamedSharding(mesh, spec), out_shardings=shardings)
     assert_same(sharded(jax.device_put(w, NamedSharding(mesh, spec))), q)
 
 

@@ -375,9 +375,7 @@ def test_names_and_optimizer_must_agree(tmp_path):
         with pytest.raises(CheckpointError, match="not of this model and optimizer") as raised:
             checkpoints.restore(initial_state(trained, OPTIMIZER))
         assert "trained.other: missing in the checkpoint" in str(raised.value)
-        with pytest.raises(
-            CheckpointError, match=r"optimizer\.0\.trace\S+: missing in the checkpoint"
-        ) as raised:
+        with pytest.raises(CheckpointError, match=r"optimizer\.0\.trace\S+: missing in the checkpoint") as raised:
             checkpoints.restore(initial_state(make_state(1).trained, optax.sgd(0.1, momentum=0.9)))
         assert "more" in str(raised.value)
 
@@ -392,9 +390,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, bad, name):
     state.trained[name] = state.trained[name].at[(1,) * state.trained[name].ndim].set(bad)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, make_state(1), {})
-        with pytest.raises(
-            CheckpointError, match=rf"step 2 is not saved: trained\.{name} holds values .* not finite"
-        ):
+        with pytest.raises(CheckpointError, match=rf"step 2 is not saved: trained\.{name} holds values .* not finite"):
             checkpoints.save(2, state, {})
         assert_same(checkpoints.restore(make_state()).state, make_state(1))
 
@@ -413,9 +409,7 @@ def test_an_optimizer_that_is_not_finite_is_not_saved(tmp_path):
 def test_space_is_checked_first(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=500_000))
-        with pytest.raises(
-            CheckpointError, match=r"0 MB of free space, .* takes 1 MB; there is none before it"
-        ):
+        with pytest.raises(CheckpointError, match=r"0 MB of free space, .* takes 1 MB; there is none before it"):
             checkpoints.save(1, make_state(1), {})
         monkeypatch.undo()
         checkpoints.save(1, make_state(1), {})
@@ -442,9 +436,7 @@ def test_a_disk_that_fills_up_leaves_the_last_good_step(tmp_path):
         checkpoints.wait()
         with full_disk():
             checkpoints.save(2, make_state(2, rows=LARGE), {"at": 2}, keep_as_best=True)
-            with pytest.raises(
-                CheckpointError, match=r"2 could not be written: .*step 1 is there to resume from"
-            ):
+            with pytest.raises(CheckpointError, match=r"2 could not be written: .*step 1 is there to resume from"):
                 checkpoints.wait()
         assert (checkpoints.steps(), checkpoints.best_step()) == ([1], 1)
         assert_same(checkpoints.restore(make_state(rows=LARGE)).state, make_state(1, rows=LARGE))

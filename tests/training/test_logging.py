@@ -115,12 +115,8 @@ def test_all_sinks_are_closed_even_if_one_fails(tmp_path):
     assert sorted(closed) == [1, 3]
 
 
-@pytest.mark.parametrize(
-    "name, package", [("tensorboard", "tensorboardX"), ("wandb", "wandb"), ("trackio",) * 2]
-)
-def test_a_missing_package_is_named_with_its_extra_before_anything_opens(
-    tmp_path, monkeypatch, name, package
-):
+@pytest.mark.parametrize("name, package", [("tensorboard", "tensorboardX"), ("wandb", "wandb"), ("trackio",) * 2])
+def test_a_missing_package_is_named_with_its_extra_before_anything_opens(tmp_path, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)  # what import sees where it is not installed
     present = {"tensorboard": "wandb"}.get(name, "tensorboard")
     opened = []
@@ -230,9 +226,7 @@ def test_tensorboard_files_hold_every_number(tmp_path):
         events.append(event_pb2.Event.FromString(data[12 : 12 + length]))
         data = data[16 + length :]
     values = [(event.step, value) for event in events for value in event.summary.value]
-    scalars = {
-        (step, value.tag): value.simple_value for step, value in values if not value.HasField("tensor")
-    }
+    scalars = {(step, value.tag): value.simple_value for step, value in values if not value.HasField("tensor")}
     assert scalars.keys() >= {(10, "train/loss"), (10, "train/learning_rate"), (20, "eval/loss")}
     assert scalars[10, "train/loss"] == np.float32(1.2341)
     assert scalars[20, "eval/loss"] == 1.5
@@ -240,9 +234,7 @@ def test_tensorboard_files_hold_every_number(tmp_path):
     assert any(b"lora_r" in value.SerializeToString() for _, value in values)
 
 
-@pytest.mark.parametrize(
-    "name, package", [("tensorboard", "tensorboardX"), ("wandb", "wandb"), ("trackio",) * 2]
-)
+@pytest.mark.parametrize("name, package", [("tensorboard", "tensorboardX"), ("wandb", "wandb"), ("trackio",) * 2])
 def test_no_token_of_the_environment_reaches_a_file(tmp_path, monkeypatch, name, package):
     pytest.importorskip(package)
     canaries = {
@@ -264,9 +256,7 @@ def test_no_token_of_the_environment_reaches_a_file(tmp_path, monkeypatch, name,
 
 def console(terminal: bool) -> Console:
     file = io.StringIO()
-    return Console(
-        file=file, force_terminal=terminal, force_interactive=terminal, width=100, color_system=None
-    )
+    return Console(file=file, force_terminal=terminal, force_interactive=terminal, width=100, color_system=None)
 
 
 def test_plain_lines_where_there_is_no_terminal(monkeypatch):
@@ -306,8 +296,6 @@ def test_a_terminal_shows_a_bar_and_messages_above_it(monkeypatch):
 
 
 def test_importing_it_imports_no_tracker():
-    program = (
-        "import sys, jaxft.training.logging; print({'wandb', 'trackio', 'tensorboardX'} & set(sys.modules))"
-    )
+    program = "import sys, jaxft.training.logging; print({'wandb', 'trackio', 'tensorboardX'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

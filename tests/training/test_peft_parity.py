@@ -54,7 +54,10 @@ def torch_run(model_dir, adapter_dir, batches: Batch) -> tuple[list[float], dict
         labels = np.where(batches.loss_mask[step], batches.tokens[step], -100)[:, :, 1:]
         count, total = (labels != -100).sum(), 0.0
         for micro in range(ACCUMULATION):
-            tokens, mask = torch.tensor(batches.tokens[step, micro]), torch.tensor(batches.segment_ids[step, micro])
+            tokens, mask = (
+                torch.tensor(batches.tokens[step, micro]),
+                torch.tensor(batches.segment_ids[step, micro]),
+            )
             logits = model(tokens, attention_mask=mask).logits[:, :-1]
             target = torch.tensor(labels[micro]).long()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum") / count

@@ -43,9 +43,7 @@ def started(path: Path, checkpoint: int | None = 5) -> dict:
 
 
 def files(path: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != ".lock"
-    }
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 # A new run
@@ -84,9 +82,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path, resume):
     for name in ("thesis.tex", "a", "b", "c", "d", "e", "f"):
         (tmp_path / name).write_text("x")
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(
-        RunDirectoryError, match=r"is not empty \(it holds a, b, c, d, e and 2 more\).*no run\.json"
-    ):
+    with pytest.raises(RunDirectoryError, match=r"is not empty \(it holds a, b, c, d, e and 2 more\).*no run\.json"):
         start(tmp_path, resume=resume)
     assert sorted(tmp_path.iterdir()) == before
 
@@ -94,9 +90,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path, resume):
 def test_without_resume_an_earlier_run_is_left_alone(tmp_path):
     started(tmp_path)
     before = files(tmp_path)
-    advice = (
-        "checkpoints, config.yaml, run.json.*: choose another output_dir, or set resume_from_checkpoint: true"
-    )
+    advice = "checkpoints, config.yaml, run.json.*: choose another output_dir, or set resume_from_checkpoint: true"
     with pytest.raises(RunDirectoryError, match=advice):
         start(tmp_path)
     assert files(tmp_path) == before
@@ -113,9 +107,7 @@ def test_the_output_directory_is_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunDirectoryError, match="file is a file, not a directory"):
         start(tmp_path / "file")
-    with pytest.raises(
-        RunDirectoryError, match="file/run cannot be written: Not a directory; choose another"
-    ):
+    with pytest.raises(RunDirectoryError, match="file/run cannot be written: Not a directory; choose another"):
         start(tmp_path / "file" / "run")
 
 
@@ -146,9 +138,7 @@ def test_an_unchanged_run_resumes(tmp_path):
 def test_a_changed_fingerprint_is_named(tmp_path, name):
     started(tmp_path)
     before = files(tmp_path)
-    with pytest.raises(
-        RunDirectoryError, match=f"the {name} changed: {FINGERPRINTS[name]} -> other\n"
-    ) as raised:
+    with pytest.raises(RunDirectoryError, match=f"the {name} changed: {FINGERPRINTS[name]} -> other\n") as raised:
         start(tmp_path, resume=True, fingerprints={**FINGERPRINTS, name: "other"})
     assert str(raised.value).count("changed:") == 1
     assert files(tmp_path) == before

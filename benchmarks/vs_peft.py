@@ -1,0 +1,195 @@
+"""One LoRA step of jaxft beside the same step of PEFT + torch: same model, text, dtype and machine, in one run.
+
+    python benchmarks/vs_peft.py --model DIR --data FILE [--sequence 512 --batch 4 --rounds 5]
+
+Every contender lives in a process of its own and all take turns, a step at a time, so that what else the machine does
+falls on all alike. A step is forward, backward and AdamW on LoRA r=16 for all linear layers, loss on every token, no
+recomputation. Speeds are medians over the rounds; memory is the peak resident set of the process, weights included.
+Speeds are only comparable within one run: read the ratios.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+CONTENDERS = {
+    "peft float32": ("peft", "float32", None),
+    "jaxft float32": ("jaxft", "float32", None),
+    "peft bfloat16": ("peft", "bfloat16", None),
+    "jaxft bfloat16": ("jaxft", "bfloat16", None),
+    "jaxft bfloat16 int8": ("jaxft", "bfloat16", "int8"),
+    "jaxft bfloat16 nf4": ("jaxft", "bfloat16", "nf4"),
+}
+RATIOS = [
+    ("jaxft float32", "peft float32", 1.5),
+    ("jaxft bfloat16", "peft bfloat16", 1.2),
+    ("jaxft bfloat16 int8", "jaxft bfloat16", 0.9),
+    ("jaxft bfloat16 nf4", "jaxft bfloat16", 0.9),
+]
+"""Numerator, denominator, and the ratio of tokens/s aimed at."""
+
+RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-4
+TUNABLES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def rows_of_text(model: str, data: str, batch: int, sequence: int) -> np.ndarray:
+    """[batch, sequence] tokens from the start of a text file."""
+    from transformers import AutoTokenizer
+
+    text = Path(data).read_text(encoding="utf-8")[: 16 * batch * sequence]
+    tokens = AutoTokenizer.from_pretrained(model)(text)["input_ids"]
+    if len(tokens) < batch * sequence:
+        raise SystemExit(f"{data}: {len(tokens)} tokens, but a batch takes {batch * sequence}")
+    return np.asarray(tokens[: batch * sequence], np.int32).reshape(batch, sequence)
+
+
+def jaxft_stepper(model_dir: str, dtype: str, quantization: str | None, tokens: np.ndarray) -> Callable[[], float]:
+    import jax
+
+    import jaxft
+    from jaxft.adapters.attach import attach
+    from jaxft.adapters.targets import LoraConfig
+    from jaxft.config import Config
+    from jaxft.data.loader import Batch
+    from jaxft.models.linear import Adapter
+    from jaxft.training.optimizer import make_optimizer
+    from jaxft.training.state import Partition
+    from jaxft.training.step import initial_state, make_train_step
+
+    base = jaxft.load_model(model_dir, dtype, quantization)
+    model = attach(base, LoraConfig(r=RANK, lora_alpha=ALPHA), jax.random.key(0))
+    config = Config(
+        model_name_or_path=model_dir,
+        output_dir="-",
+        datasets=[{"path": "-"}],
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+    )
+    partition = Partition(model, Adapter)
+    trained, frozen = partition.split(model)
+    optimizer = make_optimizer(config, 1, partition.names)
+    state = initial_state(trained, optimizer)
+    train_step = make_train_step(partition, optimizer, state)
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    row = Batch(tokens, np.ones(tokens.shape, bool), np.ones_like(tokens), positions)
+    batch = Batch(*(field[None] for field in row))
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = train_step(state, frozen, batch)
+        jax.block_until_ready(state)
+        return float(metrics.loss)
+
+    return step
+
+
+def peft_stepper(model_dir: str, dtype: str, quantization: None, tokens: np.ndarray) -> Callable[[], float]:
+    import peft
+    import torch
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
+    settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, settings)
+    model.train()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0
+    )
+    ids = torch.tensor(tokens).long()
+
+    def step() -> float:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def work(name: str, model: str, data: str, batch: int, sequence: int) -> None:
+    """A contender: answers every line on stdin with one step, and at the end of input with its peak memory."""
+    library, dtype, quantization = CONTENDERS[name]
+    tokens = rows_of_text(model, data, batch, sequence)
+    make = {"jaxft": jaxft_stepper, "peft": peft_stepper}[library]
+    step = make(model, dtype, quantization, tokens)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever the libraries print goes to stderr
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        loss = step()
+        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss}), file=answers, flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"peak_gib": peak}), file=answers, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="jaxft beside PEFT + torch, one LoRA step each.")
+    parser.add_argument("--model", required=True, help="Hugging Face model directory")
+    parser.add_argument("--data", required=True, help="text file to train on")
+    parser.add_argument("--sequence", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--work", choices=CONTENDERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    setting = (options.model, options.data, options.batch, options.sequence)
+    if options.work:
+        work(options.work, *setting)
+        return
+
+    arguments = [f"--{key}={getattr(options, key)}" for key in ("model", "data", "sequence", "batch")]
+    workers = {
+        name: subprocess.Popen(
+            [sys.executable, __file__, "--work", name, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | TUNABLES,
+        )
+        for name in options.contenders
+    }
+
+    def ask(name: str) -> dict:
+        workers[name].stdin.write("step\n")
+        workers[name].stdin.flush()
+        return answer(name)
+
+    def answer(name: str) -> dict:
+        line = workers[name].stdout.readline()
+        if not line:
+            raise SystemExit(f"{name}: the contender died; run it alone with --work {name!r} to see why")
+        return json.loads(line)
+
+    first = {name: ask(name) for name in workers}  # compiles, or warms up
+    rounds = [{name: ask(name) for name in workers} for _ in range(options.rounds)]
+    for worker in workers.values():
+        worker.stdin.close()
+    peaks = {name: answer(name)["peak_gib"] for name in workers}
+
+    tokens = options.batch * options.sequence
+    speed = {name: tokens / statistics.median(r[name]["seconds"] for r in rounds) for name in workers}
+    print(f"{options.model}: {options.batch} x {options.sequence} tokens, LoRA r={RANK}, {options.rounds} rounds\n")
+    print("| | tokens/s | peak GiB | first step s | loss, first -> last |\n|---|---|---|---|---|")
+    for name in workers:
+        losses = f"{first[name]['loss']:.4f} -> {rounds[-1][name]['loss']:.4f}"
+        print(f"| {name} | {speed[name]:.0f} | {peaks[name]:.2f} | {first[name]['seconds']:.1f} | {losses} |")
+    print("\n| ratio of tokens/s | measured | aim |\n|---|---|---|")
+    for top, bottom, aim in RATIOS:
+        if top in speed and bottom in speed:
+            print(f"| {top} / {bottom} | {speed[top] / speed[bottom]:.2f} | {aim} |")
+
+
+if __name__ == "__main__":
+    main()

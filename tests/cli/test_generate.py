@@ -1,0 +1,196 @@
+import json
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from transformers import AutoTokenizer
+
+import jaxft
+from jaxft.adapters.attach import attach, sites
+from jaxft.adapters.targets import LoraConfig
+from jaxft.cli.generate import main
+from jaxft.generation.generate import generate
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def stories(material) -> Path:
+    return material / "models/stories260K"
+
+
+@pytest.fixture(scope="module")
+def chatty(stories, tmp_path_factory) -> Path:
+    """The same model with a chat template, and without a generation_config.json."""
+    directory = tmp_path_factory.mktemp("models") / "chatty"
+    shutil.copytree(stories, directory, copy_function=shutil.copyfile)
+    (directory / "generation_config.json").unlink()
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapter(stories, tmp_path_factory) -> Path:
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["v_proj"])
+    model = attach(jaxft.load_model(stories), config, jax.random.key(0))
+    for site in sites(model):
+        if (lora := site.linear.adapter) is not None:
+            lora.B.set_value(0.2 * jax.random.normal(jax.random.key(1), lora.B.get_value().shape))
+    return jaxft.save_adapter(model, tmp_path_factory.mktemp("adapters") / "lora")
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    code = main(["--dtype", "float32", "--max-new-tokens", "12", *map(str, arguments)])
+    return code, *capsys.readouterr()
+
+
+def completion(model, tokenizer, prompt: list[int]) -> str:
+    (new,) = generate(model, [prompt], max_new_tokens=12, eos_ids=[2])
+    whole, before = (
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for ids in (prompt + new, prompt)
+    )
+    assert whole.startswith(before)
+    return whole[len(before) :]
+
+
+def test_prints_the_completion_and_nothing_else(stories, capsys):
+    story = json.loads((stories / "reference.json").read_text())["prompt"]
+    code, out, err = run(capsys, "--model", stories, "--prompt", story[:17])
+    assert code == 0
+    assert len(out) > 15
+    assert story[17:].startswith(out.removesuffix("\n")), "the space before the next word belongs to it"
+    assert "12 tokens" in err
+
+
+def test_each_prompt_gets_its_completion(stories, capsys):
+    _, first, _ = run(capsys, "--model", stories, "--prompt", "Lily")
+    _, second, _ = run(capsys, "--model", stories, "--prompt", "The big dog")
+    _, both, _ = run(capsys, "--model", stories, "--prompt", "Lily", "--prompt", "The big dog")
+    assert both == first + second
+    assert first != second
+
+
+def test_chat_applies_the_template(chatty, capsys):
+    model, tokenizer = jaxft.load_model(chatty), AutoTokenizer.from_pretrained(chatty)
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Tell me a story"}]
+    code, out, _ = run(capsys, "--model", chatty, "--chat", "--system", "Be kind.", "--prompt", "Tell me a story")
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert (code, out) == (0, completion(model, tokenizer, prompt) + "\n")
+    _, out, _ = run(capsys, "--model", chatty, "--chat", "--prompt", "Tell me a story")
+    prompt = tokenizer.apply_chat_template(messages[1:], add_generation_prompt=True, return_dict=False)
+    assert out == completion(model, tokenizer, prompt) + "\n"
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_an_answer_also_ends_with_the_end_of_turn(stories, tmp_path, capsys, monkeypatch, chat):
+    """A base model's files do not name the token that a chat template ends its turns with."""
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.chat_template = TEMPLATE.replace("\n", " <|end|>\n")
+    tokenizer.save_pretrained(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(stories / name, tmp_path / name)
+    given = {}
+
+    def record(model, prompts, **options):
+        given.update(options)
+        return [[]]
+
+    monkeypatch.setattr("jaxft.cli.generate.generate", record)
+    assert run(capsys, "--model", tmp_path, "--prompt", "Lily", *["--chat"] * chat)[0] == 0
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert given["eos_ids"] == ({2, end_of_turn} if chat else {2})
+
+
+def test_a_template_of_ones_own(stories, tmp_path, capsys):
+    path = tmp_path / "own.jinja"
+    path.write_text(TEMPLATE.replace("assistant: ", "answer:"))
+    code, out, _ = run(capsys, "--model", stories, "--chat", "--chat-template", path, "--prompt", "Tell me a story")
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    prompt = tokenizer("user: Tell me a story\nanswer:", add_special_tokens=False).input_ids
+    assert (code, out) == (0, completion(jaxft.load_model(stories), tokenizer, prompt) + "\n")
+
+
+def test_adapter_and_its_own_tokenizer(stories, chatty, adapter, tmp_path, capsys):
+    model = jaxft.load_adapter(jaxft.load_model(stories), adapter)
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    code, out, _ = run(capsys, "--model", stories, "--adapter", adapter, "--prompt", "Lily")
+    assert (code, out) == (0, completion(model, tokenizer, tokenizer("Lily").input_ids) + "\n")
+    assert out != run(capsys, "--model", stories, "--prompt", "Lily")[1]
+
+    own = tmp_path / "adapter"
+    shutil.copytree(adapter, own)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(chatty / name, own / name)
+    assert run(capsys, "--model", stories, "--adapter", own, "--chat", "--prompt", "Lily")[0] == 0
+
+
+def test_draws_follow_the_seed(stories, capsys):
+    options = ["--model", stories, "--prompt", "Lily", "--temperature", 1.0, "--top-p", 0.95]
+    texts = [run(capsys, *options, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_quantization_and_bfloat16(stories, capsys):
+    options = ["--quantization", "int8", "--dtype", "bfloat16"]
+    code, out, _ = run(capsys, "--model", stories, "--prompt", "Once upon a time", *options)
+    assert code == 0
+    assert out.startswith(", there was a little girl")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model", "./nowhere"], "no such directory"),
+        (["--model", "{empty}"], "no tokenizer can be loaded"),
+        (["--model", "{damaged}"], "no tokenizer can be loaded"),
+        (["--adapter", "nowhere"], "adapter_config.json: no such file"),
+        (["--revision", "main"], "a revision .* applies to the Hub only"),
+        (["--system", "Be kind."], "add --chat"),
+        (["--chat-template", "chatml"], "add --chat"),
+        (["--chat"], "needs a chat template"),
+        (["--chat", "--chat-template", "none.jinja"], "no such file"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--prompt", "word " * 600], r"prompts\[0\] has .* tokens and the model 512 positions"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(stories, tmp_path, capsys, options, message):
+    for name in ("empty", "damaged"):
+        (tmp_path / name).mkdir()
+        shutil.copyfile(stories / "config.json", tmp_path / name / "config.json")
+    (tmp_path / "damaged" / "tokenizer.json").write_text("{}")
+    given = [option.format(empty=tmp_path / "empty", damaged=tmp_path / "damaged") for option in options]
+    required = [] if "--model" in options else ["--model", stories]
+    prompt = [] if "--prompt" in options else ["--prompt", "Lily"]
+    code, out, err = run(capsys, *required, *prompt, *given)
+    assert (code, out) == (2, "")
+    assert re.search(message, err)
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--model", "x"], ["--model", "x", "--prompt", "y", "--dtype", "int3"]])
+def test_a_command_that_cannot_be_read(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_the_script_is_the_command(monkeypatch, capsys):
+    script = Path(__file__).resolve().parents[2] / "scripts/generate.py"
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stopped.value.code == 0
+    assert "--max-new-tokens" in capsys.readouterr().out

@@ -1,0 +1,31 @@
+"""What the documentation says is what the code does."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from jaxft.config_file import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.core
+def test_the_page_of_config_keys_is_up_to_date():
+    make = runpy.run_path(str(ROOT / "scripts" / "make_config_docs.py"))
+    assert make["TARGET"].read_text(encoding="utf-8") == make["page"](), "run scripts/make_config_docs.py"
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_configs_are_valid_and_open_with_a_comment(path):
+    load_config(path)
+    assert path.read_text(encoding="utf-8").startswith("#")
+
+
+@pytest.mark.core
+def test_the_config_in_the_readme_is_valid(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    config = tmp_path / "my.yaml"
+    config.write_text(text.split("```yaml\n")[1].split("```")[0])
+    assert load_config(config).quantization == "nf4"
