@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters.merge import merge
-from jaxft.cli.command import end_of_turn, exit_code, load_tokenizer
+from jaxft.cli.command import end_of_turn, exit_code
 from jaxft.config import Config
 from jaxft.config_file import load_config
-from jaxft.data.chat import Renderer
+from jaxft.data.chat import Renderer, load_tokenizer
 from jaxft.hub.load import describe_model, eos_token_ids, fingerprint, load_model, read_json
 from jaxft.hub.peft import CONFIG_FILE, TENSOR_STEM, load_adapter
 from jaxft.hub.resolve import resolve_model
