@@ -19,8 +19,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from jaxft.cli.train import train
 from jaxft.data.chat import CHATML
+from jaxft.hub.checkpoint import write_checkpoint
 from jaxft.hub.load import load_model
-from jaxft.hub.safetensors import write_checkpoint
 from jaxft.hub.save import save_model
 from jaxft.models.decoder import initialize, parameters
 from jaxft.models.families import decoder_config

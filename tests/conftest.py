@@ -17,7 +17,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from jaxft.hub.safetensors import write_checkpoint  # noqa: E402
+from jaxft.hub.checkpoint import write_checkpoint  # noqa: E402
 from jaxft.models.decoder import describe, parameters  # noqa: E402
 from jaxft.models.families import decoder_config  # noqa: E402
 

@@ -28,10 +28,10 @@ from jaxft.cli.command import end_of_turn, exit_code
 from jaxft.config import Config
 from jaxft.config_file import load_config
 from jaxft.data.chat import Renderer, load_tokenizer
+from jaxft.hub.checkpoint import Checkpoint
 from jaxft.hub.load import describe_model, eos_token_ids, fingerprint, load_model, read_json
 from jaxft.hub.peft import CONFIG_FILE, TENSOR_STEM, load_adapter
 from jaxft.hub.resolve import resolve_model
-from jaxft.hub.safetensors import Checkpoint
 from jaxft.hub.save import copy_companions, save_model
 from jaxft.models.config import Source
 from jaxft.models.decoder import Decoder

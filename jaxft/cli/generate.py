@@ -4,10 +4,11 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from jaxft.cli.command import end_of_turn, exit_code, load_tokenizer
 from jaxft.data.chat import Renderer
 from jaxft.data.conversations import Conversation, Message
 from jaxft.generation.generate import generate
@@ -17,14 +18,8 @@ from jaxft.hub.resolve import resolve_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 2 for what the user can put right, with one line that says what."""
-    options = _parser().parse_args(arguments)
-    try:
-        _run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """The command line. Returns the exit code: 0, or 2 for bad input."""
+    return exit_code(partial(_run, _parser().parse_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,12 +45,12 @@ def _run(options: argparse.Namespace) -> None:
     if not options.chat and (options.system is not None or options.chat_template is not None):
         raise ValueError("--system and --chat-template are for conversations; add --chat")
     directory = resolve_model(options.model, options.revision).path
-    tokenizer = _load_tokenizer(directory, options.adapter)
+    tokenizer = load_tokenizer(directory, options.adapter)
     eos_ids = set(eos_token_ids(directory, tokenizer.eos_token_id))
     if options.chat:
         renderer = Renderer(tokenizer, options.chat_template)
         prompts = [_ask(renderer, text, options.system) for text in options.prompt]
-        eos_ids |= _end_of_turn(renderer)
+        eos_ids |= end_of_turn(renderer)
     else:
         prompts = [tokenizer(text).input_ids for text in options.prompt]
 
@@ -78,29 +73,12 @@ def _run(options: argparse.Namespace) -> None:
     print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
 
 
-def _load_tokenizer(model: Path, adapter: str | None) -> PreTrainedTokenizerBase:
-    """The adapter's tokenizer, which may have another chat template, or else the model's."""
-    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
-    directory = adapter if own else model
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # a damaged file makes it raise nearly anything
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{directory}: no tokenizer can be loaded from it: {reason}") from error
-
-
 def _ask(renderer: Renderer, text: str, system: str | None) -> list[int]:
     """The prompt for an answer to a user's message."""
     before = () if system is None else (Message("system", system),)
     turns = (*before, Message("user", text), Message("assistant", ""))
     prompt, _ = renderer.prompt(Conversation(turns, origin="--prompt"))
     return prompt.tolist()
-
-
-def _end_of_turn(renderer: Renderer) -> set[int]:
-    """The special token that ends an answer in the chat template; a base model's own files do not name it."""
-    closing = renderer.template.special.search(renderer.template.end_of_turn)
-    return {renderer.tokenizer.convert_tokens_to_ids(closing[0])} if closing else set()
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], completion: Sequence[int]) -> str:

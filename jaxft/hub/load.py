@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxft.hub.checkpoint import Checkpoint
 from jaxft.hub.resolve import resolve_model
-from jaxft.hub.safetensors import Checkpoint
 from jaxft.models.config import DecoderConfig, Source
 from jaxft.models.decoder import Decoder, Parameter, Remat, describe, parameters
 from jaxft.models.families import decoder_config

@@ -1,4 +1,4 @@
-"""Model weights on disk: safetensors files read by byte range, sharded checkpoints, and a streaming writer.
+"""Safetensors files: read by byte range from a memory map, written one tensor at a time.
 
 A file is an 8-byte little-endian length, that many bytes of JSON, and one buffer. The JSON gives the dtype,
 shape and byte range of each tensor; the ranges tile the buffer exactly. Files come from strangers, so the
@@ -19,9 +19,8 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -51,12 +50,11 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     }
 )
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 _MAX_INT = 2**63 - 1  # what an array can address
 _MAX_DIMENSIONS = 64  # what numpy can hold
 _PIECE = 64 << 20  # bytes made contiguous at a time when writing
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})  # as every Hugging Face tool writes it
+METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})  # as every Hugging Face tool writes it
 
 
 class SafetensorsError(ValueError):
@@ -102,7 +100,7 @@ class SafetensorsFile:
             size = os.fstat(file.fileno()).st_size
             head = file.read(1024)
             length = int.from_bytes(head[:8], "little")
-            if length > _MAX_HEADER or head[8:9] != b"{":
+            if length > MAX_HEADER or head[8:9] != b"{":
                 raise SafetensorsError(f"{self.path}: {_what_it_is(self.path, head)}")
             file.seek(8)
             header = file.read(length)
@@ -126,7 +124,7 @@ class SafetensorsFile:
     def info(self, name: str) -> TensorInfo:
         """Where `name` lies; a `SafetensorsError` with the nearest names if it is not in the file."""
         if name not in self.tensors:
-            raise SafetensorsError(f"{self.path}: {_no_such_tensor(name, self.tensors)}")
+            raise SafetensorsError(f"{self.path}: {no_such_tensor(name, self.tensors)}")
         return self.tensors[name]
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
@@ -153,7 +151,7 @@ class SafetensorsFile:
 
 def _parse_header(header: bytes, size: int) -> tuple[Mapping[str, TensorInfo], Mapping[str, str]]:
     """The tensors, in the order of their data, and the metadata of a file of `size` bytes."""
-    entries = _strict_json(header)
+    entries = strict_json(header)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise SafetensorsError("__metadata__ must map strings to strings")
@@ -199,7 +197,7 @@ def _is_int_list(value: object, lengths: Container[int]) -> bool:
     return isinstance(value, list) and len(value) in lengths and all(type(item) is int for item in value)
 
 
-def _strict_json(text: bytes) -> dict[str, Any]:
+def strict_json(text: bytes) -> dict[str, Any]:
     """A JSON object of UTF-8 text, natural numbers and no key twice, at any depth."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -232,7 +230,8 @@ def _truncated(expected: int, size: int) -> str:
     return f"truncated: the header promises {expected} bytes, the file has {size}; download it again"
 
 
-def _no_such_tensor(name: str, known: Iterable[str]) -> str:
+def no_such_tensor(name: str, known: Iterable[str]) -> str:
+    """What an error says of a name that is not among the known ones: the nearest of them."""
     nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
     return f"no tensor {name!r}; the nearest names are {', '.join(nearest) or '(none: it is empty)'}"
 
@@ -254,11 +253,12 @@ def _what_it_is(path: Path, head: bytes) -> str:
         return "a GGUF file (llama.cpp): download the model's safetensors weights instead"
     if head.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05][^\0]", head):
         stem = path.stem.removeprefix("pytorch_")
-        return f"a PyTorch pickle, whatever its name says. {_conversion([path.name], stem)}"
+        return f"a PyTorch pickle, whatever its name says. {pickle_conversion([path.name], stem)}"
     return f"not a safetensors file (it begins with {head[:16]!r}), or damaged: download it again"
 
 
-def _conversion(pickles: list[str], stem: str) -> str:
+def pickle_conversion(pickles: list[str], stem: str) -> str:
+    """Why pickles are not loaded, and a program that makes `STEM.safetensors` of them."""
     return f"""Loading a pickle can run any code, so it is never loaded here.
 If you trust its source, convert it once with PyTorch, in its directory:
 
@@ -272,134 +272,11 @@ If you trust its source, convert it once with PyTorch, in its directory:
 """
 
 
-class Checkpoint:
-    """The tensors of a model directory, whichever file holds each, and the metadata of all files."""
-
-    def __init__(self, directory: Path, files: Sequence[SafetensorsFile]):
-        self.directory = directory
-        self.metadata = {key: value for file in files for key, value in file.metadata.items()}
-        self._files = files
-        self._holder = {name: file for file in files for name in file.tensors}
-
-    @classmethod
-    def open(cls, directory: str | os.PathLike[str], stem: str = "model") -> Self:
-        """The checkpoint `STEM.safetensors`, or `STEM.safetensors.index.json` with the shards that it names.
-
-        Where there is an index, it decides. A `STEM.safetensors` that it does not name is a second set of
-        weights, and nobody can know which was meant: an error.
-
-        Raises:
-            SafetensorsError: no weights, two sets of them, only pickles, a damaged file, or an index that is
-                not exactly what its shards hold.
-        """
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise SafetensorsError(f"{directory}: no such directory")
-        present = sorted(entry.name for entry in directory.iterdir())
-        single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
-        if index in present:
-            by_shard = _read_index(directory / index)
-            if single in present and single not in by_shard:
-                raise SafetensorsError(
-                    f"{directory}: holds two sets of weights, {single} and those of {index}; remove one"
-                )
-        elif single in present:
-            by_shard = {single: None}
-        else:
-            raise SafetensorsError(f"{directory}: {_no_weights(present, stem)}")
-        files = []
-        for shard, expected in by_shard.items():
-            if not (directory / shard).is_file():
-                raise SafetensorsError(f"{directory / shard}: no such file (a download not finished?)")
-            files.append(SafetensorsFile(directory / shard))
-            if expected is not None:
-                _compare_keys(files[-1], expected, index)
-        return cls(directory, files)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
-
-    def names(self) -> tuple[str, ...]:
-        """All names, shard by shard, in the order of their data."""
-        return tuple(self._holder)
-
-    def info(self, name: str) -> TensorInfo:
-        return self._file(name).info(name)
-
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """As `SafetensorsFile.read`."""
-        return self._file(name).read(name, index)
-
-    def release(self, name: str) -> None:
-        """As `SafetensorsFile.release`."""
-        self._file(name).release(name)
-
-    def _file(self, name: str) -> SafetensorsFile:
-        if name not in self._holder:
-            raise SafetensorsError(f"{self.directory}: {_no_such_tensor(name, self._holder)}")
-        return self._holder[name]
-
-
-def _read_index(path: Path) -> dict[str, set[str]]:
-    """shard -> names of its tensors."""
-    try:
-        if path.stat().st_size > _MAX_HEADER:
-            raise SafetensorsError(f"larger than {_MAX_HEADER} bytes")
-        weight_map = _strict_json(path.read_bytes()).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise SafetensorsError("has no weight_map from tensor names to shards")
-        by_shard: dict[str, set[str]] = {}
-        for name, shard in weight_map.items():
-            if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
-                raise SafetensorsError(f"{name!r:.99}: {shard!r:.99} is not the bare name of a safetensors file")
-            by_shard.setdefault(shard, set()).add(name)
-    except SafetensorsError as error:
-        raise SafetensorsError(f"{path}: {error}") from None
-    return dict(sorted(by_shard.items()))
-
-
-def _compare_keys(file: SafetensorsFile, expected: set[str], index: str) -> None:
-    missing, extra = expected - file.tensors.keys(), file.tensors.keys() - expected
-    if missing or extra:
-        raise SafetensorsError(
-            f"{file.path} and {index} disagree: only the index has {_a_few(missing)}; "
-            f"only the shard has {_a_few(extra)}. Download both again"
-        )
-
-
-def _a_few(names: Collection[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return (", ".join(sorted(names)[:5]) or "nothing") + more
-
-
-def _no_weights(present: list[str], stem: str) -> str:
-    index = f"{stem}.safetensors.index.json"
-    if pickles := [name for name in present if stem in name and name.endswith(_PICKLES)]:
-        return f"holds its weights only as pickles. {_conversion(pickles, stem)}"
-    if shards := [name for name in present if _belongs(name, stem)]:
-        return f"holds the shards {_a_few(shards)} without {index}; download it as well"
-    return (
-        f"holds neither {stem}.safetensors nor {index}, but {_a_few(present)}. "
-        "A model published only as GGUF or as pickles has to be converted to safetensors first"
-    )
-
-
-def _belongs(name: str, stem: str) -> bool:
-    return re.fullmatch(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name) is not None
-
-
 def write_safetensors(
     path: str | os.PathLike[str],
     specs: Mapping[str, ArraySpec],
     produce: Callable[[str], ArrayLike],
-    metadata: Mapping[str, str] = _METADATA,
+    metadata: Mapping[str, str] = METADATA,
 ) -> None:
     """Write the tensors that `specs` describes, in its order, asking `produce` for one after the other.
 
@@ -418,77 +295,26 @@ def write_safetensors(
         code = _CODES.get(_native(spec.dtype))
         if code is None:
             raise SafetensorsError(f"{path}: tensor {name!r}: the format has no dtype {spec.dtype}")
-        end = offset + _nbytes(spec)
+        end = offset + nbytes_of(spec)
         entries[name] = {"dtype": code, "shape": list(map(int, spec.shape)), "data_offsets": [offset, end]}
         offset = end
     header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
     header += b" " * (-len(header) % 8)
     size = 8 + len(header) + offset
     try:
-        if len(header) > _MAX_HEADER:
-            raise SafetensorsError(f"a header of {len(header)} bytes exceeds {_MAX_HEADER}; use shards")
+        if len(header) > MAX_HEADER:
+            raise SafetensorsError(f"a header of {len(header)} bytes exceeds {MAX_HEADER}; use shards")
         _parse_header(header, size)
     except SafetensorsError as error:
         raise SafetensorsError(f"{path}: cannot be written: {error}") from None
-    _require_space(path.parent, size)
-    with _atomic(path) as file:
+    require_space(path.parent, size)
+    with atomic_file(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name, spec in specs.items():
             try:
                 _write_array(file, spec, produce(name))
             except SafetensorsError as error:
                 raise SafetensorsError(f"{path}: tensor {name!r}: {error}") from None
-
-
-def write_checkpoint(
-    directory: str | os.PathLike[str],
-    specs: Mapping[str, ArraySpec],
-    produce: Callable[[str], ArrayLike],
-    *,
-    max_shard_bytes: int = 5_000_000_000,
-    stem: str = "model",
-    metadata: Mapping[str, str] = _METADATA,
-) -> list[Path]:
-    """Write a checkpoint into an existing directory and return its files; `specs` and `produce` as above.
-
-    One `STEM.safetensors` if `max_shard_bytes` holds all, else `STEM-00001-of-0000N.safetensors` and an
-    index, as transformers names them; a tensor beyond the limit is a shard of its own. The files appear when
-    all are written, the index last; an error while writing leaves none. Weights that `directory` already
-    holds under `stem` are an error: beside new ones, nobody could tell which count.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise SafetensorsError(f"{directory}: no such directory")
-    if stale := [entry.name for entry in directory.iterdir() if _belongs(entry.name, stem)]:
-        raise SafetensorsError(f"{directory}: already holds {_a_few(stale)}; remove them or choose another")
-    if not specs:
-        raise SafetensorsError(f"{directory}: a checkpoint of no tensors")
-    shards: list[dict[str, ArraySpec]] = [{}]
-    room = max_shard_bytes
-    for name, spec in specs.items():
-        if shards[-1] and _nbytes(spec) > room:
-            shards.append({})
-            room = max_shard_bytes
-        shards[-1][name] = spec
-        room -= _nbytes(spec)
-    total = sum(map(_nbytes, specs.values()))
-    _require_space(directory, total)
-    names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = [f"{stem}.safetensors"]
-    with tempfile.TemporaryDirectory(prefix=f".{stem}.", suffix=".tmp", dir=directory) as stage:
-        for name, shard in zip(names, shards, strict=True):
-            write_safetensors(Path(stage, name), shard, produce, metadata)
-        if len(shards) > 1:
-            weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            names.append(f"{stem}.safetensors.index.json")
-            with _atomic(Path(stage, names[-1])) as file:
-                file.write(json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")
-        for name in names:
-            os.replace(Path(stage, name), directory / name)
-    _sync_directory(directory)
-    return [directory / name for name in names]
 
 
 def _write_array(file: BinaryIO, spec: ArraySpec, produced: ArrayLike) -> None:
@@ -507,18 +333,20 @@ def _native(dtype: Any) -> np.dtype:
     return np.dtype(dtype).newbyteorder("=")
 
 
-def _nbytes(spec: ArraySpec) -> int:
+def nbytes_of(spec: ArraySpec) -> int:
+    """What an array of that dtype and shape takes in a file."""
     return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
 
 
-def _require_space(directory: Path, size: int) -> None:
+def require_space(directory: Path, size: int) -> None:
+    """Raise a `SafetensorsError` unless the disk of `directory` has `size` bytes free."""
     free = shutil.disk_usage(directory).free
     if size > free:
         raise SafetensorsError(f"{directory}: {size} bytes are to be written, the disk has {free} free")
 
 
 @contextlib.contextmanager
-def _atomic(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file that comes to be at `path` complete and synced, or not at all."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -530,10 +358,11 @@ def _atomic(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable, as after a rename."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

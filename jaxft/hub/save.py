@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters.attach import sites
+from jaxft.hub.checkpoint import write_checkpoint
 from jaxft.hub.load import read_json
-from jaxft.hub.safetensors import write_checkpoint
 from jaxft.models.decoder import Decoder, Parameter, parameters
 from jaxft.quantization.qtensor import QTensor
 

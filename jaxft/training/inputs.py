@@ -15,10 +15,10 @@ from jaxft.data.chat import Renderer, load_tokenizer
 from jaxft.data.loader import Schedule
 from jaxft.data.prepare import Prepared, prepare
 from jaxft.data.tokenized import check_vocabulary
+from jaxft.hub.checkpoint import Checkpoint
 from jaxft.hub.load import check_tensors, describe_model, fingerprint, load_model, read_json
 from jaxft.hub.peft import load_adapter
 from jaxft.hub.resolve import ResolvedModel, resolve_model
-from jaxft.hub.safetensors import Checkpoint
 from jaxft.models.config import DecoderConfig, Source
 from jaxft.models.decoder import Decoder
 from jaxft.models.families import decoder_config
