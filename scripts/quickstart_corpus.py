@@ -355,6 +355,9 @@ SCENES = (
     "Order {n}: {p}. On {day} {name} called and added another product, so now the order is: {p} and {q}.",
     "{agent} counts the shelf: {colour} {p}, {colour2} {q}, {material} {r}. The {r} is of {material}, the {q} is {colour2} "
     "and the {p} is {colour}.",
+    'Words of the desk: "category" is what a message is about, "urgency" is how soon it needs an answer, "product" is the '
+    "thing itself, such as a {p} or a {q}.",
+    "On the wall in {city} hangs a list: {p} | {q} | {r}. {agent} reads it aloud: first the {p}, then the {q}, then the {r}.",
     "{name} opened the parcel, but instead of {p} the list said {q}. So {q} went back to {city}, and {p} came on {day}.",
 )
 

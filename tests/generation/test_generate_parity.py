@@ -51,6 +51,16 @@ CONFIGS = {
 pytestmark = pytest.mark.parity
 
 
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """For models as small as these, threads that wait for each other cost far more than they bring."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def transformers_texts(directory, prompts: list[list[int]], eos_ids: list[int]) -> list[list[int]]:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
