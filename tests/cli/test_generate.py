@@ -90,8 +90,21 @@ def test_chat_applies_the_template(chatty, capsys):
     assert out == completion(model, tokenizer, prompt) + "\n"
 
 
+@pytest.fixture
+def asked(monkeypatch) -> dict:
+    """What the command asks `generate` for; nothing is generated."""
+    asked = {}
+
+    def record(model, prompts, **options):
+        asked.update(options, model=model)
+        return [[]]
+
+    monkeypatch.setattr("jaxft.cli.generate.generate", record)
+    return asked
+
+
 @pytest.mark.parametrize("chat", [True, False])
-def test_an_answer_also_ends_with_the_end_of_turn(stories, tmp_path, capsys, monkeypatch, chat):
+def test_an_answer_also_ends_with_the_end_of_turn(stories, tmp_path, capsys, asked, chat):
     """A base model's files do not name the token that a chat template ends its turns with."""
     tokenizer = AutoTokenizer.from_pretrained(stories)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
@@ -99,16 +112,18 @@ def test_an_answer_also_ends_with_the_end_of_turn(stories, tmp_path, capsys, mon
     tokenizer.save_pretrained(tmp_path)
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(stories / name, tmp_path / name)
-    given = {}
-
-    def record(model, prompts, **options):
-        given.update(options)
-        return [[]]
-
-    monkeypatch.setattr("jaxft.cli.generate.generate", record)
     assert run(capsys, "--model", tmp_path, "--prompt", "Lily", *["--chat"] * chat)[0] == 0
     end_of_turn = tokenizer.convert_tokens_to_ids("<|end|>")
-    assert given["eos_ids"] == ({2, end_of_turn} if chat else {2})
+    assert asked["eos_ids"] == ({2, end_of_turn} if chat else {2})
+
+
+def test_options_arrive(stories, capsys, asked):
+    options = ["--temperature", 0.7, "--top-p", 0.9, "--seed", 3, "--quantization", "int8", "--dtype", "bfloat16"]
+    assert run(capsys, "--model", stories, "--prompt", "Lily", *options)[0] == 0
+    model = asked.pop("model")
+    assert model.dtype == "bfloat16"
+    assert {str(site.linear.weight.get_value().codes.dtype) for site in sites(model)} == {"int8"}
+    assert asked == {"max_new_tokens": 12, "eos_ids": {2}, "temperature": 0.7, "top_p": 0.9, "seed": 3}
 
 
 def test_a_template_of_ones_own(stories, tmp_path, capsys):
@@ -132,19 +147,6 @@ def test_adapter_and_its_own_tokenizer(stories, chatty, adapter, tmp_path, capsy
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(chatty / name, own / name)
     assert run(capsys, "--model", stories, "--adapter", own, "--chat", "--prompt", "Lily")[0] == 0
-
-
-def test_draws_follow_the_seed(stories, capsys):
-    options = ["--model", stories, "--prompt", "Lily", "--temperature", 1.0, "--top-p", 0.95]
-    texts = [run(capsys, *options, "--seed", seed)[1] for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-
-
-def test_quantization_and_bfloat16(stories, capsys):
-    options = ["--quantization", "int8", "--dtype", "bfloat16"]
-    code, out, _ = run(capsys, "--model", stories, "--prompt", "Once upon a time", *options)
-    assert code == 0
-    assert out.startswith(", there was a little girl")
 
 
 @pytest.mark.parametrize(
