@@ -1,10 +1,10 @@
-"""Make what `configs/quickstart.yaml` trains on: a small base model, its tokenizer and a task.
+"""Make what `configs/quickstart.yaml` trains: a small base model with its tokenizer, and the messages of a task.
 
     python scripts/make_quickstart.py
 
-writes `quickstart/` anew, from nothing but a seed: the texts of `quickstart_corpus`, a byte-level BPE tokenizer of
-them, a Llama with random weights, which jaxft pre-trains in full (`configs/quickstart_pretrain.yaml`), and the
-training and held-out messages of the task. On one machine the same seed gives the same files.
+writes `quickstart/` anew, from nothing but a seed. `quickstart_corpus` gives the texts and the messages; a byte-level
+BPE tokenizer is trained on the texts, and a Llama with random weights is pre-trained on them by jaxft itself, as
+`configs/quickstart_pretrain.yaml` says. That takes minutes, all else seconds.
 """
 
 import argparse
@@ -17,24 +17,18 @@ import jax
 import quickstart_corpus as corpus
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxft.cli.train import train
+import jaxft
 from jaxft.data.chat import CHATML
 from jaxft.hub.checkpoint import write_checkpoint
-from jaxft.hub.load import load_model
-from jaxft.hub.save import save_model
 from jaxft.models.decoder import initialize, parameters
 from jaxft.models.families import decoder_config
 
 ROOT = Path(__file__).resolve().parents[1]
-END_OF_TEXT, START_OF_TURN, END_OF_TURN, PAD = SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|pad|>",
-)
-VOCABULARY = 1280
+PRETRAINING = ROOT / "configs" / "quickstart_pretrain.yaml"
 TEXTS, DIALOGUES = 20_000, 14_000
-TRAIN, HELD_OUT = 1500, 200
+TOKENIZED_TEXTS, TOKENIZED_DIALOGUES = 3000, 2000
+VOCABULARY = 1280
+SPECIAL_TOKENS = END_OF_TEXT, TURN, END_OF_TURN, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 INITIAL_SCALE = 0.06
 
 MODEL = {
@@ -55,73 +49,67 @@ MODEL = {
     "bos_token_id": None,
     "eos_token_id": SPECIAL_TOKENS.index(END_OF_TEXT),
     "pad_token_id": SPECIAL_TOKENS.index(PAD),
-    "dtype": "bfloat16",
+    "dtype": "float32",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Make the base model, the tokenizer and the task of the quickstart.")
+    parser = argparse.ArgumentParser(description="Make the base model and the task of the quickstart.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=ROOT / "quickstart", help="is replaced")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quickstart-pretrain", help="is replaced")
+    parser.add_argument("--output", type=Path, default=ROOT / "quickstart", help="its files are replaced")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quickstart-pretrain", help="must not exist yet")
     parsed = parser.parse_args(arguments)
-    output, work = parsed.output, parsed.work
-    for directory in (output, work):
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-    write_task(output, parsed.seed)
-    write_corpus(work, parsed.seed)
-    write_initial_model(work / "initial", parsed.seed)
-    result = train(
-        ROOT / "configs" / "quickstart_pretrain.yaml",
-        model_name_or_path=str(work / "initial"),
-        datasets=[{"path": str(work / name)} for name in ("texts.jsonl", "dialogues.jsonl")],
-        output_dir=str(work / "run"),
+    output, work, seed = parsed.output, parsed.work, parsed.seed
+    if work.exists():
+        parser.error(f"{work} is there already; remove it, or give another --work")
+    write_corpus(work, seed)
+    write_initial_model(work / "initial", seed)
+    jaxft.train(
+        PRETRAINING,
+        model_name_or_path=work / "initial",
+        datasets=[{"path": work / name} for name in ("texts.jsonl", "dialogues.jsonl")],
+        output_dir=work / "run",
+        seed=seed,
     )
-    save_model(load_model(result.adapter_dir, "bfloat16"), output / "model")
-
-
-def write_task(directory: Path, seed: int) -> None:
-    """`train.jsonl` and `held_out.jsonl`: a customer's message, and one line that says what it is about."""
-    for name, kind, count in (("train", "train", TRAIN), ("held_out", "held out", HELD_OUT)):
-        write_jsonl(directory / f"{name}.jsonl", map(conversation, corpus.task(seed, kind, count).items()))
+    write_task(output, seed)
+    shutil.copytree(work / "run" / "model", output / "model", dirs_exist_ok=True)
 
 
 def write_corpus(directory: Path, seed: int) -> None:
     """`texts.jsonl` and `dialogues.jsonl`, for pre-training."""
+    directory.mkdir(parents=True)
     write_jsonl(directory / "texts.jsonl", ({"text": text} for text in corpus.texts(seed, TEXTS)))
-    held_out = set(corpus.task(seed, "held out", HELD_OUT))
-    dialogues = corpus.dialogues(seed, DIALOGUES, without=held_out)
-    write_jsonl(directory / "dialogues.jsonl", map(conversation, dialogues))
+    write_jsonl(directory / "dialogues.jsonl", map(conversation, corpus.dialogues(seed, DIALOGUES)))
+
+
+def write_task(directory: Path, seed: int) -> None:
+    """`train.jsonl` and `held_out.jsonl`: a customer's message, and one line that says what it is about."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_jsonl(directory / "train.jsonl", map(conversation, corpus.task(seed, "train").items()))
+    write_jsonl(directory / "held_out.jsonl", map(conversation, corpus.task(seed, "held out").items()))
 
 
 def conversation(turns: tuple[str, str]) -> dict:
-    return {"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), turns, strict=True)]}
-
-
-def write_jsonl(path: Path, records: Iterable[dict]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    roles = ("user", "assistant")
+    return {"messages": [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)]}
 
 
 def write_initial_model(directory: Path, seed: int) -> None:
     """A model directory with random weights."""
-    directory.mkdir()
+    directory.mkdir(parents=True)
     write_tokenizer(directory, seed)
     write_json(directory / "config.json", MODEL)
     ends = [SPECIAL_TOKENS.index(END_OF_TURN), SPECIAL_TOKENS.index(END_OF_TEXT)]
     write_json(directory / "generation_config.json", {"eos_token_id": ends, "pad_token_id": MODEL["pad_token_id"]})
-    model = initialize(decoder_config(MODEL), jax.random.key(seed), scale=INITIAL_SCALE)
-    weights = {
-        name: value if parameter.layers is None else value[index]
-        for parameter, variable in parameters(model)
-        for value in [variable.get_value()]
-        for index, name in enumerate(parameter.names)
-    }
+    weights = {}
+    for parameter, variable in parameters(initialize(decoder_config(MODEL), jax.random.key(seed), scale=INITIAL_SCALE)):
+        value = variable.get_value()
+        weights |= zip(parameter.names, [value] if parameter.layers is None else value, strict=True)
     write_checkpoint(directory, weights, weights.__getitem__)
 
 
 def write_tokenizer(directory: Path, seed: int) -> None:
-    """A byte-level BPE tokenizer of the corpus, with a chat template, as transformers reads it."""
+    """A byte-level BPE tokenizer of the corpus and a chat template, as transformers reads them."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -132,14 +120,14 @@ def write_tokenizer(directory: Path, seed: int) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    turns = (turn for pair in corpus.dialogues(seed, 4000, without=set()) for turn in pair)
-    tokenizer.train_from_iterator([*corpus.texts(seed, 4000), *turns], trainer)
+    turns = (turn for dialogue in corpus.dialogues(seed, TOKENIZED_DIALOGUES) for turn in dialogue)
+    tokenizer.train_from_iterator([*corpus.texts(seed, TOKENIZED_TEXTS), *turns], trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,
         "pad_token": PAD,
-        "additional_special_tokens": [START_OF_TURN, END_OF_TURN],
+        "additional_special_tokens": [TURN, END_OF_TURN],
         "clean_up_tokenization_spaces": False,
         "model_max_length": MODEL["max_position_embeddings"],
     }
@@ -149,6 +137,10 @@ def write_tokenizer(directory: Path, seed: int) -> None:
 
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path: Path, records: Iterable[dict]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 if __name__ == "__main__":

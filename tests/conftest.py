@@ -90,8 +90,8 @@ WORDS = [
     *("new", "one", "two", "three", "four", "five", "six", ".", "?"),
 ]
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }} {{ message.content }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}<|sep|>{{ message.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant<|sep|>{% endif %}"
 )
 
 
@@ -118,7 +118,7 @@ def chat_model(random_checkpoint):
             "tie_word_embeddings": False,
         }
         directory = random_checkpoint(config | changes, seed)
-        specials = ["<eos>", "<|im_start|>", "<|im_end|>", "<unk>"]
+        specials = ["<eos>", "<|im_start|>", "<|im_end|>", "<|sep|>", "<unk>"]
         vocabulary = {word: index for index, word in enumerate([*specials, *WORDS])}
         backend = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -126,7 +126,7 @@ def chat_model(random_checkpoint):
             tokenizer_object=backend,
             eos_token="<eos>",
             unk_token="<unk>",
-            additional_special_tokens=specials[1:3],
+            additional_special_tokens=specials[1:4],
         )
         tokenizer.chat_template = CHATML
         tokenizer.save_pretrained(directory)

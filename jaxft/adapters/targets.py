@@ -37,6 +37,7 @@ class LoraConfig:
             ValueError: nothing matches, or a pattern or a listed name decides nothing; the message lists the names.
         """
         modules = list(modules)
+        self._check_patterns()
         chosen = [name for name in modules if self._targets(name) and not _matches(self.exclude_modules, name)]
         if not chosen:
             raise ValueError(
@@ -53,6 +54,16 @@ class LoraConfig:
                 if not any(_ends_with(pattern, name) for name in chosen):
                     raise ValueError(f"{option}: {pattern!r} matches none of the targets: {_summary(chosen)}")
         return chosen
+
+    def _check_patterns(self) -> None:
+        for option in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+            given = getattr(self, option)
+            patterns = [given] if isinstance(given, str) else given if isinstance(given, Mapping) else []
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"{option}: {pattern!r} is not a regular expression: {error}") from None
 
     def rank(self, module: str) -> int:
         return _lookup(self.rank_pattern, module, self.r)

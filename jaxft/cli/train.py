@@ -207,12 +207,11 @@ def _answer(model: Decoder, inputs: Inputs, asked: Sequence[Question]) -> list[s
 
 
 def _export(outcome: Outcome, inputs: Inputs, directory: RunDirectory) -> Path:
-    if inputs.config.adapter != "none":
-        return save_adapter(outcome.model, directory.adapter)
-    target = directory.path / "model"
+    full = inputs.config.adapter == "none"
+    target = directory.path / "model" if full else directory.adapter
     if target.exists():  # of a run that was killed after training
         shutil.rmtree(target)
-    return save_model(outcome.model, target, inputs.config.dtype)
+    return save_model(outcome.model, target, inputs.config.dtype) if full else save_adapter(outcome.model, target)
 
 
 def _compare(

@@ -1,0 +1,309 @@
+"""What is known before a weight is read: the model on paper, the number of steps, and every reason not to begin."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import jaxft
+from jaxft.adapters.attach import attach
+from jaxft.adapters.targets import LoraConfig
+from jaxft.config_file import load_config
+from jaxft.hub.checkpoint import Checkpoint
+from jaxft.models.count import count_parameters
+from jaxft.models.linear import Adapter
+from jaxft.training.inputs import gather
+from jaxft.training.state import Partition
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+@pytest.fixture(scope="module")
+def model(chat_model) -> Path:
+    return chat_model()
+
+
+@pytest.fixture(scope="module")
+def data(write_chats, tmp_path_factory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 50)
+
+
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory) -> Path:
+    """An adapter to go on from, unlike the one that the configs below would draw."""
+    lora = LoraConfig(r=5, lora_alpha=3, target_modules=["v_proj"], use_dora=True)
+    tuned = attach(jaxft.load_model(model), lora, jax.random.key(3))
+    return jaxft.save_adapter(tuned, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture
+def gathered(model, data, tmp_path):
+    def make(**changes):
+        basics = {
+            "model_name_or_path": str(model),
+            "output_dir": str(tmp_path / "run"),
+            "datasets": [str(data)],
+            "max_length": 64,
+        }
+        return gather(load_config(basics | changes))
+
+    return make
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Reading a tensor is an error."""
+
+    def refuse(checkpoint, name, *_):
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(Checkpoint, "read", refuse)
+
+
+# The model on paper
+
+KINDS = {
+    "lora": {},
+    "dora on nf4": {"adapter": "dora", "quant_type": "nf4"},
+    "int8, uneven ranks": {
+        "quant_type": "int8",
+        "lora_target_modules": r".*\.0\.self_attn\.[qv]_proj|.*up_proj",
+        "rank_pattern": {"up_proj": 3},
+    },
+    "int4": {"quant_type": "int4", "quant_group_size": 16, "dtype": "float32"},
+    "everything": {"adapter": "none"},
+}
+
+
+@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+def test_what_is_described_is_what_is_loaded(gathered, changes):
+    inputs = gathered(mesh={"data": 2, "fsdp": 2, "tensor": 2}, **changes)
+    described, loaded = inputs.describe(), inputs.load()
+    shapes = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), nnx.state(each)) for each in (described, loaded)]
+    chex.assert_trees_all_equal(*map(nnx.to_pure_dict, shapes))
+    assert count_parameters(described, inputs.trained_type) == count_parameters(loaded, inputs.trained_type)
+
+
+def test_an_adapter_to_go_on_from_is_described_and_loaded(gathered, adapter):
+    inputs = gathered(adapter_name_or_path=str(adapter), lora_r=16, mesh={"data": 8})
+    described, loaded = (Partition(each, Adapter).split(each)[0] for each in (inputs.describe(), inputs.load()))
+    assert {name: a.shape for name, a in described.items()} == {name: a.shape for name, a in loaded.items()}
+    assert {name.rsplit(".", 1)[1]: a.shape for name, a in loaded.items()} == {
+        "A": (2, 5, 32),
+        "B": (2, 16, 5),
+        "magnitude": (2, 16),
+    }
+    factors = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
+    (A,) = (array for name, array in loaded.items() if name.endswith(".A"))
+    np.testing.assert_array_equal(A[1], factors[name])
+
+
+@pytest.mark.core
+def test_nothing_is_read_to_describe(gathered, no_weights):
+    inputs = gathered(quant_type="nf4", val_set_size=5)
+    counts = count_parameters(inputs.describe(), inputs.trained_type)
+    # Per layer: q 32x32, k and v 16x32, o 32x32, three of 48x32; two norms. Embedding, head and last norm.
+    linears = 2 * (32 * 32 * 2 + 16 * 32 * 2 + 3 * 48 * 32)
+    rest = 2 * 2 * 32 + 2 * 32 * 32 + 32
+    adapters = 2 * 16 * (2 * 64 + 2 * 48 + 3 * 80)
+    assert {(count.format, count.trained): count.count for count in counts} == {
+        ("nf4", False): linears,
+        ("bfloat16", False): rest,
+        ("float32", True): adapters,
+    }
+
+
+def test_full_training_stores_float32_and_computes_as_told(gathered):
+    inputs = gathered(adapter="none", dtype="bfloat16")
+    model = inputs.load()
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model))} == {"float32"}
+    assert model.dtype == "bfloat16"
+    assert inputs.trained_type is nnx.Param
+
+
+def test_the_seed_decides_the_adapter(gathered):
+    def first(seed: int) -> np.ndarray:
+        model = gathered(seed=seed, lora_target_modules=["q_proj"]).load()
+        return np.asarray(model.model.layers[0][0].self_attn.q_proj.adapter.A[...])
+
+    assert np.array_equal(first(1), first(1))
+    assert not np.array_equal(first(1), first(2))
+
+
+# Steps
+
+
+@pytest.mark.parametrize(
+    "changes, steps",
+    [
+        ({"num_train_epochs": 1.0}, 7),  # 50 examples, 8 devices
+        ({"num_train_epochs": 3.0}, 21),
+        ({"num_train_epochs": 0.5}, 4),
+        ({"num_train_epochs": 0.001}, 1),
+        ({"num_train_epochs": 2.0, "micro_batch_size": 2}, 8),
+        ({"num_train_epochs": 2.0, "gradient_accumulation_steps": 3}, 6),
+        ({"num_train_epochs": 2.0, "mesh": {"data": 2, "tensor": 4}}, 50),
+        ({"num_train_epochs": 2.0, "max_steps": 5}, 5),
+        ({"val_set_size": 10, "mesh": {"fsdp": 2, "tensor": 4}, "micro_batch_size": 4}, 5),
+    ],
+)
+def test_number_of_updates(gathered, changes, steps):
+    assert gathered(**changes).total_steps == steps
+
+
+def test_batches_are_as_large_as_the_mesh_is_wide(gathered):
+    inputs = gathered(mesh={"data": 2, "fsdp": 2, "tensor": 2}, micro_batch_size=3, gradient_accumulation_steps=5)
+    assert inputs.rows == 12
+    assert inputs.schedule[0].tokens.shape == (5, 12, 64)
+
+
+# Fingerprints
+
+
+@pytest.mark.parametrize("changed", ["data", "held-out data", "tokenizer", "chat template", "base"])
+def test_a_fingerprint_changes_with_what_it_stands_for_alone(gathered, model, data, tmp_path, changed):
+    copy, rows = tmp_path / "model", tmp_path / "chats.jsonl"
+    shutil.copytree(model, copy)
+    shutil.copyfile(data, rows)
+    held_out = tmp_path / "held_out.jsonl"
+    turns = [{"role": "user", "content": "the new dog"}, {"role": "assistant", "content": "likes the old cat"}]
+    held_out.write_text(json.dumps({"messages": turns}))
+
+    def fingerprints() -> dict[str, str]:
+        settings = {"datasets": [str(rows)], "eval_datasets": [str(held_out)]}
+        return gathered(model_name_or_path=str(copy), **settings).fingerprints
+
+    before = fingerprints()
+    assert fingerprints() == before
+    match changed:
+        case "data":
+            rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
+        case "held-out data":
+            held_out.write_text(held_out.read_text().replace("new", "old"))
+        case "tokenizer":
+            path = copy / "tokenizer.json"
+            content = json.loads(path.read_text())
+            words = content["model"]["vocab"]
+            words["extra"] = max(words.values()) + 1
+            path.write_text(json.dumps(content))
+        case "chat template":
+            path = copy / "chat_template.jinja"
+            path.write_text(path.read_text() + "{# a remark #}")
+        case "base":
+            weights = load_file(copy / "model.safetensors")
+            weights["model.layers.1.mlp.up_proj.weight"][-1, -1] += 1
+            save_file(weights, copy / "model.safetensors")
+    after = fingerprints()
+    assert {name for name in before if after[name] != before[name]} == {changed}
+
+
+# What is refused before a weight is read
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+FAULTS = {
+    "no model": (lambda d: shutil.rmtree(d / "model"), "no such directory"),
+    "no config": (lambda d: (d / "model/config.json").unlink(), "config.json: no such file"),
+    "no weights": (lambda d: (d / "model/model.safetensors").unlink(), "safetensors"),
+    "cut weights": (
+        lambda d: (d / "model/model.safetensors").write_bytes((d / "model/model.safetensors").read_bytes()[:-400]),
+        "model.safetensors",
+    ),
+    "other sizes": (
+        lambda d: edit(d / "model/config.json", intermediate_size=50),
+        "tensors do not fit config.json; 6 of another shape: model.layers.0.mlp.down_proj.weight is (32, 48)",
+    ),
+    "more layers": (
+        lambda d: edit(d / "model/config.json", num_hidden_layers=3),
+        "9 missing from the files: model.layers.2.input_layernorm.weight",
+    ),
+    "no tokenizer": (
+        lambda d: [(d / "model" / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
+        "model: no tokenizer can be loaded from it",
+    ),
+    "cut tokenizer": (
+        lambda d: (d / "model/tokenizer.json").write_text('{"version": "1.0", "tru'),
+        "model: no tokenizer can be loaded from it",
+    ),
+    "bad template": (
+        lambda d: (d / "model/chat_template.jinja").write_text("{% for message in %}"),
+        "TemplateSyntaxError",
+    ),
+    "no data": (lambda d: (d / "chats.jsonl").unlink(), "chats.jsonl"),
+    "bad line": (
+        lambda d: (d / "chats.jsonl").write_text((d / "chats.jsonl").read_text() + '{"messages": [{]}\n'),
+        "chats.jsonl:51: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault, message", FAULTS.values(), ids=FAULTS)
+def test_faults_are_found_before_a_weight_is_read(gathered, model, data, tmp_path, no_weights, fault, message):
+    shutil.copytree(model, tmp_path / "model")
+    shutil.copyfile(data, tmp_path / "chats.jsonl")
+    fault(tmp_path)
+    with pytest.raises(ValueError) as error:
+        gathered(model_name_or_path=str(tmp_path / "model"), datasets=[str(tmp_path / "chats.jsonl")])
+    assert message in str(error.value)
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(gathered, chat_model, no_weights):
+    small = chat_model(vocab_size=20)
+    with pytest.raises(ValueError, match="20"):
+        gathered(model_name_or_path=str(small))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"mesh": {"data": 3}}, "mesh: data=3 x fsdp=1 x tensor=1 is 3 devices, but there are 8"),
+        ({"max_length": 4}, "none of 50 examples is left: 50 are longer than `max_length` 4"),
+        ({"chat_template": "chatmul"}, "chat template 'chatmul': no such file"),
+        ({"model_revision": "main"}, r"a revision \(main\) applies to the Hub only"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(gathered, no_weights, changes, message):
+    with pytest.raises(ValueError, match=message):
+        gathered(**changes)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lora_target_modules": ["q_porj"]}, r"matches no linear layer; there are: .*layers\.\*\.mlp\.up_proj"),
+        ({"rank_pattern": {"q_porj": 4}}, "rank_pattern: 'q_porj' matches none of the targets"),
+        ({"rank_pattern": {"*q_proj": 4}}, "rank_pattern: '\\*q_proj' is not a regular expression"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused_on_paper(gathered, no_weights, changes, message):
+    inputs = gathered(**changes)
+    with pytest.raises(ValueError, match=message):
+        inputs.describe()
+
+
+def test_an_adapter_that_is_not_there_is_refused_on_paper(gathered):
+    with pytest.raises(ValueError, match=r"gone/adapter_config\.json: no such file"):
+        gathered(adapter_name_or_path="./gone").describe()
+
+
+def test_an_adapter_of_another_base_is_refused_on_paper(gathered, adapter, chat_model):
+    other = chat_model(seed=1)
+    with pytest.raises(ValueError, match="the adapter was trained on other weights than"):
+        gathered(model_name_or_path=str(other), adapter_name_or_path=str(adapter)).describe()
+
+
+def test_inputs_cannot_be_changed(gathered):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        gathered().total_steps = 3
