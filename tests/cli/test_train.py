@@ -114,10 +114,8 @@ def test_a_dry_run_prints_the_plan_reads_no_weights_and_writes_nothing(place, no
     tokens, learned = 11 + 7, 4
     assert "one.jsonl: messages (detected by messages)" in rest
     assert f"training on 1 examples, {tokens} tokens, {learned} learned\nheld out 0 examples" in rest
-    assert (
-        "<|im_start|> user <|sep|> the old dog sees a bird ? <|im_end|> <|im_start|> assistant <|sep|>⟦ a new bird <|im_end|>⟧"
-        in rest
-    )
+    asked = "<|im_start|> user <|sep|> the old dog sees a bird ? <|im_end|> <|im_start|> assistant <|sep|>"
+    assert f"\n{asked}⟦ a new bird <|im_end|>⟧\n" in rest
     assert (
         "effective batch: 6 rows of 48 tokens = 2 (micro_batch_size) x 3 (accumulation) x 1 (data x fsdp); "
         "mesh: data 1 x fsdp 1 x tensor 1\n7 updates, 7.00 epochs\n"
@@ -301,7 +299,7 @@ def test_what_may_be_started_over(tmp_path, there, expected):
 
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(place, capsys, monkeypatch):
     settings = ["max_steps=6", "packing=true", "save_steps=100", "val_set_size=6", "eval_steps=2"]
-    settings.append("max_new_tokens=4")
+    settings += ["max_new_tokens=4", "logging_steps=2"]
     assert main(["--config", "config.yaml", *settings, "output_dir=whole"]) == 0
 
     class Interrupting(command.Progress):

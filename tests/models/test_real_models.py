@@ -42,7 +42,7 @@ def test_logits_of_smollm2(material, smollm2):
     reference = torch_model(smollm2)
     np.testing.assert_allclose(model(story), torch_logits(reference, story), atol=1e-4, rtol=0)
     assert mean_loss(model, story[0]) == pytest.approx(recorded["story"]["nll_per_token"], abs=1e-4)
-    # One token of this text (position 10) is so ill-conditioned that float32 itself does not reach the tolerance: against
+    # One token of this text (position 10) is so ill-conditioned that float32 itself misses the tolerance: against
     # float64 torch's float32 was off by 1.6e-3 there, jaxft by 5.7e-4. Everywhere else the tolerance holds.
     text = (material / "data/gsm8k/train.jsonl").read_text()[:900]
     tokens = np.asarray(transformers.AutoTokenizer.from_pretrained(smollm2)(text)["input_ids"], np.int32)[None]
