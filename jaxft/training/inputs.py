@@ -118,7 +118,7 @@ class Inputs:
         return attach(model, self.lora, jax.random.key(c.seed))
 
     def describe(self) -> Decoder:
-        """What `load` gives, without memory and without reading the base's weights.
+        """What `load` gives, without memory; of the base, no more is read than identifies it.
 
         Raises:
             ValueError: the adapter's targets match nothing, or the adapter to go on from does not fit.

@@ -17,6 +17,7 @@ from jaxft.adapters.attach import attach
 from jaxft.adapters.targets import LoraConfig
 from jaxft.config_file import load_config
 from jaxft.hub.checkpoint import Checkpoint
+from jaxft.hub.peft import HEAD_COPY
 from jaxft.models.count import count_parameters
 from jaxft.models.linear import Adapter
 from jaxft.training.inputs import gather
@@ -296,6 +297,24 @@ def test_adapters_that_do_not_fit_are_refused_on_paper(gathered, no_weights, cha
 def test_an_adapter_that_is_not_there_is_refused_on_paper(gathered):
     with pytest.raises(ValueError, match=r"gone/adapter_config\.json: no such file"):
         gathered(adapter_name_or_path="./gone").describe()
+
+
+def test_an_adapter_on_the_output_head_may_be_gone_on_from(gathered, model, tmp_path):
+    """PEFT adds a copy of the head to such an adapter; it is compared when there are weights to compare it with."""
+    base = jaxft.load_model(model)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["lm_head"])
+    jaxft.save_adapter(attach(base, config, jax.random.key(0)), tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    head = np.array(base.lm_head.weight.get_value())
+    for copy, same in ((head, True), (head + 1, False)):
+        save_file({**load_file(path), HEAD_COPY: copy}, path)
+        inputs = gathered(adapter_name_or_path=str(tmp_path / "adapter"), dtype="float32", mesh={"data": 8})
+        assert inputs.describe().lm_head.adapter is not None
+        if same:
+            assert inputs.load().lm_head.adapter is not None
+        else:
+            with pytest.raises(ValueError, match="is not the base's output head"):
+                inputs.load()
 
 
 def test_an_adapter_of_another_base_is_refused_on_paper(gathered, adapter, chat_model):
