@@ -2,10 +2,10 @@
 
     python benchmarks/vs_peft.py --model DIR --data FILE [--sequence 512 --batch 4 --rounds 5]
 
-Every contender lives in a process of its own and all take turns, a step at a time, so that what else the machine does
-falls on all alike. A step is forward, backward and AdamW on LoRA r=16 for all linear layers, loss on every token, no
-recomputation. Speeds are medians over the rounds; memory is the peak resident set of the process, weights included.
-Speeds are only comparable within one run: read the ratios.
+Every contender lives in a process of its own, and those of one dtype take turns, a step at a time, so that what else
+the machine does falls on all alike. A step is forward, backward and AdamW on LoRA r=16 for all linear layers, loss on
+every token, no recomputation. Speeds are medians over the rounds; memory is the peak resident set of the process,
+weights included. Speeds are only comparable within one run: read the ratios.
 """
 
 import argparse
@@ -38,7 +38,13 @@ RATIOS = [
 """Numerator, denominator, and the ratio of tokens/s aimed at."""
 
 RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-4
-TUNABLES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TOKENIZERS_PARALLELISM": "false"}
+MALLOC = ("hugetlb=1", "mmap_threshold=1099511627776", "trim_threshold=1099511627776", "arena_max=1")
+"""Huge pages, and freed memory kept: it costs the more to fault in anew the longer others had the machine."""
+
+ENVIRONMENT = {
+    "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{setting}" for setting in MALLOC),
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 def rows_of_text(model: str, data: str, batch: int, sequence: int) -> np.ndarray:
@@ -65,7 +71,7 @@ def jaxft_stepper(model_dir: str, dtype: str, quantization: str | None, tokens: 
     from jaxft.training.state import Partition
     from jaxft.training.step import initial_state, make_train_step
 
-    base = jaxft.load_model(model_dir, dtype, quantization)
+    base = jaxft.load_model(model_dir, dtype, quantization, scan_layers=False)
     model = attach(base, LoraConfig(r=RANK, lora_alpha=ALPHA), jax.random.key(0))
     config = Config(
         model_name_or_path=model_dir,
@@ -133,6 +139,41 @@ def work(name: str, model: str, data: str, batch: int, sequence: int) -> None:
     print(json.dumps({"peak_gib": peak}), file=answers, flush=True)
 
 
+def compete(names: list[str], arguments: list[str], rounds: int) -> dict[str, dict]:
+    """What every contender took for each of its steps; the first, which compiles or warms up, is one more."""
+    workers = {
+        name: subprocess.Popen(
+            [sys.executable, __file__, "--work", name, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | ENVIRONMENT,
+        )
+        for name in names
+    }
+
+    def answer(name: str) -> dict:
+        line = workers[name].stdout.readline()
+        if not line:
+            raise SystemExit(f"{name}: the contender died; run it alone with --work {name!r} to see why")
+        return json.loads(line)
+
+    results = {name: {"seconds": [], "losses": []} for name in names}
+    for _ in range(1 + rounds):
+        for name, worker in workers.items():
+            worker.stdin.write("step\n")
+            worker.stdin.flush()
+            step = answer(name)
+            results[name]["seconds"].append(step["seconds"])
+            results[name]["losses"].append(step["loss"])
+    for name, worker in workers.items():
+        worker.stdin.close()
+        results[name] |= answer(name)
+        worker.wait()
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="jaxft beside PEFT + torch, one LoRA step each.")
     parser.add_argument("--model", required=True, help="Hugging Face model directory")
@@ -149,42 +190,18 @@ def main() -> None:
         return
 
     arguments = [f"--{key}={getattr(options, key)}" for key in ("model", "data", "sequence", "batch")]
-    workers = {
-        name: subprocess.Popen(
-            [sys.executable, __file__, "--work", name, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | TUNABLES,
-        )
-        for name in options.contenders
-    }
-
-    def ask(name: str) -> dict:
-        workers[name].stdin.write("step\n")
-        workers[name].stdin.flush()
-        return answer(name)
-
-    def answer(name: str) -> dict:
-        line = workers[name].stdout.readline()
-        if not line:
-            raise SystemExit(f"{name}: the contender died; run it alone with --work {name!r} to see why")
-        return json.loads(line)
-
-    first = {name: ask(name) for name in workers}  # compiles, or warms up
-    rounds = [{name: ask(name) for name in workers} for _ in range(options.rounds)]
-    for worker in workers.values():
-        worker.stdin.close()
-    peaks = {name: answer(name)["peak_gib"] for name in workers}
+    results = {}
+    for dtype in ("float32", "bfloat16"):
+        alike = [name for name in options.contenders if CONTENDERS[name][1] == dtype]
+        results |= compete(alike, arguments, options.rounds)
 
     tokens = options.batch * options.sequence
-    speed = {name: tokens / statistics.median(r[name]["seconds"] for r in rounds) for name in workers}
+    speed = {name: tokens / statistics.median(result["seconds"][1:]) for name, result in results.items()}
     print(f"{options.model}: {options.batch} x {options.sequence} tokens, LoRA r={RANK}, {options.rounds} rounds\n")
     print("| | tokens/s | peak GiB | first step s | loss, first -> last |\n|---|---|---|---|---|")
-    for name in workers:
-        losses = f"{first[name]['loss']:.4f} -> {rounds[-1][name]['loss']:.4f}"
-        print(f"| {name} | {speed[name]:.0f} | {peaks[name]:.2f} | {first[name]['seconds']:.1f} | {losses} |")
+    for name, result in results.items():
+        losses = f"{result['losses'][0]:.4f} -> {result['losses'][-1]:.4f}"
+        print(f"| {name} | {speed[name]:.0f} | {result['peak_gib']:.2f} | {result['seconds'][0]:.1f} | {losses} |")
     print("\n| ratio of tokens/s | measured | aim |\n|---|---|---|")
     for top, bottom, aim in RATIOS:
         if top in speed and bottom in speed:

@@ -213,6 +213,9 @@ class Config(_Section):
     remat: Literal["none", "full", "dots"] = Field(
         "full", description="Recompute for the gradient: nothing, each whole layer, all but matrix products."
     )
+    scan_layers: bool = Field(
+        True, description="Compile one layer and loop; false compiles each: slower to compile, faster on a CPU."
+    )
     mesh: MeshConfig = Field(MeshConfig(), description="Devices along the axes data, fsdp and tensor.")
     seed: int = Field(42, ge=0, lt=2**32, description="Fixes new weights, the order of the data and dropout.")
     max_nonfinite_steps: PositiveInt = Field(5, description="Abort after so many skipped non-finite updates in a row.")

@@ -77,7 +77,7 @@ class LoRA(nnx.Module):
         """The adapted product for x [..., in], without the bias: [..., out]."""
         dropped = x if key is None or self.spec.dropout == 0 else _dropout(x, self.spec.dropout, key)
         base = linear.product(x)
-        update = self.scale[...].astype(x.dtype) * self._low_rank(dropped)
+        update = self._low_rank(dropped)
         if self.magnitude is None:
             return base + update
         gain = self._gain(linear)
@@ -85,7 +85,8 @@ class LoRA(nnx.Module):
         return (base + (gain - 1).astype(x.dtype) * again) + gain.astype(x.dtype) * update
 
     def _low_rank(self, x: jax.Array) -> jax.Array:
-        return matmul(matmul(x, self.A[...], self.layout_A), self.B[...], self.layout_B)
+        z = self.scale[...].astype(x.dtype) * matmul(x, self.A[...], self.layout_A)
+        return matmul(z, self.B[...], self.layout_B)
 
     def _gain(self, linear: Linear) -> jax.Array:
         """m / |W + s B A| by row, [out] float32, the length taken as a constant (DoRA section 4.3).

@@ -40,6 +40,7 @@ def load_model(
     *,
     revision: str | None = None,
     remat: Remat = "none",
+    scan_layers: bool = True,
 ) -> Decoder:
     """A Hugging Face model, ready to run: `model(tokens[B, T] int32) -> logits[B, T, V] float32`.
 
@@ -49,7 +50,7 @@ def load_model(
         quantization: int8, int4 or nf4 for the linear layers except the output head; None keeps `dtype`.
         mesh: devices to shard over, with axes data, fsdp, tensor (`jaxft.sharding.mesh.make_mesh`).
         revision: branch, tag or commit of a hub id.
-        remat: see `Decoder`.
+        remat, scan_layers: see `Decoder`.
 
     Raises:
         ValueError: the directory, its config or its tensors are not what they should be; the message names them.
@@ -64,7 +65,7 @@ def load_model(
     def make(parameter: Parameter) -> Weight:
         return _place(checkpoint, parameter, storage, form if is_quantized(parameter) else None, mesh)
 
-    model = Decoder(config, make, storage, remat)
+    model = Decoder(config, make, storage, remat, scan_layers)
     model.source = Source(str(path), str(resolved.path), resolved.revision, fingerprint(checkpoint))
     if mesh is not None:
         bind(model, mesh)

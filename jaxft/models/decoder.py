@@ -9,6 +9,7 @@ Axes: B batch, T tokens, S cache slots, D hidden, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxft.models.attention import Attention, LayerCache, Slots
+from jaxft.models.attention import Attention, LayerCache
+from jaxft.models.blockwise import Reach
 from jaxft.models.config import DecoderConfig, LayerSpec, Source
 from jaxft.models.linear import Linear, Weight, matmul
 from jaxft.models.mlp import MLP
@@ -102,12 +104,12 @@ class Layer(nnx.Module):
         self,
         h: jax.Array,
         angles: tuple[jax.Array, jax.Array],
-        slots: Slots,
+        reach: Reach,
         cache: LayerCache | None,
         key: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        mixed, cache = self.self_attn(self.input_layernorm(h), angles, slots, cache, attention_key)
+        mixed, cache = self.self_attn(self.input_layernorm(h), angles, reach, cache, attention_key)
         h = h + mixed
         return h + self.mlp(self.post_attention_layernorm(h), mlp_key), cache
 
@@ -157,15 +159,25 @@ class Decoder(nnx.Module):
         dtype: of activations; parameters are cast to it where they are used.
         remat: what the backward pass recomputes: `none` keeps everything, `full` keeps layer inputs only, `dots`
             keeps the results of matmuls.
+        scan_layers: compile one layer and loop over the stack; else compile every layer, which takes the longer the
+            deeper the model is, but saves copying what the backward pass needs in and out of the stack.
     """
 
-    def __init__(self, config: DecoderConfig, make: Make, dtype: jnp.dtype, remat: Remat = "none"):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        make: Make,
+        dtype: jnp.dtype,
+        remat: Remat = "none",
+        scan_layers: bool = True,
+    ):
         self.model = Body(config, make)
         head = Parameter("lm_head.weight", (config.vocab_size, config.hidden_size))
         self.lm_head = nnx.data(None if config.tie_word_embeddings else Linear(make(head)))
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
+        self.scan_layers = scan_layers
         self.activations: NamedSharding | None = None
         self.source: Source | None = None
 
@@ -194,18 +206,15 @@ class Decoder(nnx.Module):
             segments: [B, T] int32: tokens see their own segment only; 0 is padding. One segment when absent.
             key: turns on adapter dropout.
         """
-        slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        h, _ = self._run(tokens, positions, Slots(slots, slots, segments, segments), None, key)
+        h, _ = self._run(tokens, positions, Reach(jnp.int32(0), segments, segments), None, key)
         return h
 
     def extend(
         self, cache: Cache, tokens: jax.Array, positions: jax.Array, segments: jax.Array
     ) -> tuple[jax.Array, Cache]:
         """Write the next tokens [B, T] into the cache; their final hidden states [B, T, D] and the new cache."""
-        query = cache.length + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         written = jax.lax.dynamic_update_slice(cache.segments, segments, (jnp.int32(0), cache.length))
-        slots = Slots(query, jnp.arange(cache.segments.shape[1], dtype=jnp.int32), segments, written)
-        h, layers = self._run(tokens, positions, slots, cache.layers, None)
+        h, layers = self._run(tokens, positions, Reach(cache.length, segments, written), cache.layers, None)
         return h, Cache(layers, written, cache.length + tokens.shape[1])
 
     def empty_cache(self, batch: int, length: int) -> Cache:
@@ -228,7 +237,7 @@ class Decoder(nnx.Module):
         """Logits [..., V] float32 of hidden states [..., D]."""
         return project(self.head, h)
 
-    def _run(self, tokens, positions, slots, caches, key):
+    def _run(self, tokens, positions, reach, caches, key):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         angles = rotary_angles(self.config.rope, positions)
@@ -242,14 +251,15 @@ class Decoder(nnx.Module):
                 for position, layer in enumerate(layers):
                     drop = None if layer_key is None else jax.random.fold_in(layer_key, position)
                     layer_cache = None if layer_caches is None else layer_caches[position]
-                    h, layer_cache = layer(h, angles, slots, layer_cache, drop)
+                    h, layer_cache = layer(h, angles, reach, layer_cache, drop)
                     h = self._constrained(h)
                     new.append(layer_cache)
                 return h, new
 
             keys = None if key is None else jax.random.split(jax.random.fold_in(key, index), group.repeats)
             cache = None if caches is None else caches[index]
-            h, new_cache = jax.lax.scan(_rematerialised(pattern, self.remat), h, (list(stacks), cache, keys))
+            body = _rematerialised(pattern, self.remat, self.scan_layers)
+            h, new_cache = jax.lax.scan(body, h, (list(stacks), cache, keys), unroll=not self.scan_layers)
             new_caches.append(new_cache)
         return self.model.norm(h), new_caches
 
@@ -264,14 +274,15 @@ def project(head: Linear | Embedding, h: jax.Array) -> jax.Array:
     return head.product(h, jnp.dtype("float32"))
 
 
-def _rematerialised(function: Callable, remat: Remat) -> Callable:
+def _rematerialised(function: Callable, remat: Remat, scanned: bool) -> Callable:
+    checkpoint = partial(jax.checkpoint, prevent_cse=not scanned)  # a loop already keeps the two computations apart
     match remat:
         case "none":
             return function
         case "full":
-            return jax.checkpoint(function)
+            return checkpoint(function)
         case "dots":
-            return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+            return checkpoint(function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     raise ValueError(f"remat is {remat!r}; choose none, full or dots")
 
 

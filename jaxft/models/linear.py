@@ -53,11 +53,26 @@ def _backward(layout, out_dtype, residuals, dy):
     dx = _contract(dy, _ready(weight, x.dtype, layout), (dy.ndim - 1,), (0,)).astype(x.dtype)
     if isinstance(weight, QTensor):
         return dx, None
-    rows = tuple(range(x.ndim - 1))
-    return dx, _contract(dy, x, rows, rows).astype(weight.dtype)
+    return dx, _outer(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])).astype(weight.dtype)
 
 
 matmul.defvjp(_forward, _backward)
+
+
+def _outer(dy: jax.Array, x: jax.Array) -> jax.Array:
+    """dyᵀ x for dy [rows, out] and x [rows, in]: [out, in]. Transposes the narrower of the two, often a rank wide."""
+    if dy.shape[1] <= x.shape[1]:
+        return _contract(as_stored(dy.T), x, (1,), (0,))
+    return as_stored(_contract(as_stored(x.T), dy, (1,), (0,))).T
+
+
+def as_stored(x: jax.Array) -> jax.Array:
+    """x, out of the compiler's sight on a CPU, where it must not fold a transposition into a product.
+
+    XLA's fast CPU kernels contract the last axis of their left operand, and bfloat16 products with float32 results
+    exist in no others: folded, the product is slow, or fails when it is run.
+    """
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def _contract(a: jax.Array, b: jax.Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -> jax.Array:

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.models.linear import Linear
@@ -23,5 +24,12 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """x [..., D] -> [..., D]."""
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
-        gate = ACTIVATIONS[self.activation](self.gate_proj(x, keys[0]))
-        return self.down_proj(gate * self.up_proj(x, keys[1]), keys[2])
+        gated = _gated(self.gate_proj(x, keys[0]), self.up_proj(x, keys[1]), self.activation)
+        return self.down_proj(gated, keys[2])
+
+
+@partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+def _gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    """act(gate) * up in float32, rounded once. The backward pass needs gate and up only."""
+    product = ACTIVATIONS[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    return product.astype(gate.dtype)

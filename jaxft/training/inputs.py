@@ -109,6 +109,7 @@ class Inputs:
             self.mesh,
             revision=c.model_revision,
             remat=c.remat,
+            scan_layers=c.scan_layers,
         )
         model.dtype = jax.numpy.dtype(c.dtype)
         if c.adapter == "none":

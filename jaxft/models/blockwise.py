@@ -1,0 +1,161 @@
+"""Exact softmax attention a block of queries and a block of keys at a time (arXiv 2112.05682, 2205.14135).
+
+The scores of a pair of blocks are all that is ever held. The forward pass folds blocks of keys into a running
+softmax; blocks that causality or the window hides are not visited. The backward pass saves the output and the
+log-sum-exp of each query's scores, and computes the scores again.
+
+Axes: B batch, T queries, S keys, N query heads, K key-value heads, G = N/K, H head_dim, b queries or keys in a block.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.models.linear import as_stored
+
+BLOCK = 256
+"""Queries and keys in a block, at most."""
+
+HIDDEN = -1e30
+"""Score of a key that a query may not see. Finite, so that a block in which it sees nothing stays a number."""
+
+
+class Reach(NamedTuple):
+    """Which keys a query sees: those at or before its slot, in the window, and of its segment.
+
+    Query t stands in slot `offset` + t, key s in slot s.
+    """
+
+    offset: jax.Array  # int32 scalar
+    query_segments: jax.Array | None  # [B, T] int32; None: all one segment
+    key_segments: jax.Array | None  # [B, S] int32
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach, window: int | None, block: int = BLOCK) -> jax.Array:
+    """softmax(q kᵀ / √H) v for q [B, T, N, H], k and v [B, S, K, H]: [B, T, N, H].
+
+    Scores and softmax are float32. Every query must see at least one key; its own is enough.
+    """
+    batch, length, heads, head_dim = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim)
+    q_blocks, k_blocks = _blocks(length, block), _blocks(k.shape[1], block)
+    cut = Reach(
+        reach.offset,
+        None if reach.query_segments is None else _cut(reach.query_segments, 1, q_blocks, fill=-2),
+        None if reach.key_segments is None else _cut(reach.key_segments, 1, k_blocks, fill=-3),
+    )
+    out = _attend(
+        _cut(jnp.moveaxis(grouped, 1, 3), 3, q_blocks),
+        _cut(jnp.moveaxis(k, 1, 2), 2, k_blocks),
+        _cut(jnp.moveaxis(v, 1, 2), 2, k_blocks),
+        cut,
+        window,
+    )
+    out = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(batch, -1, heads, head_dim)
+    return out[:, :length]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach, window: int | None) -> jax.Array:
+    """q [n, B, K, G, b, H], k and v [m, B, K, b, H], in n and m blocks: [n, B, K, G, b, H]."""
+    return _forward(q, k, v, reach, window)[0]
+
+
+def _forward(q, k, v, reach, window):
+    def one_block_of_queries(_, i):
+        def fold(j, running):
+            highest, total, out = running
+            scores = _scores("bkgqh,bksh->bkgqs", q[i], k[j])
+            scores = jnp.where(_visible(reach, window, q, k, i, j)[:, None, None], scores, HIDDEN)
+            new_highest = jnp.maximum(highest, scores.max(axis=-1))
+            weights = jnp.exp(scores - new_highest[..., None])
+            shrink = jnp.exp(highest - new_highest)
+            more = _product("bkgqs,bksh->bkgqh", weights.astype(v.dtype), v[j])
+            return new_highest, total * shrink + weights.sum(axis=-1), out * shrink[..., None] + more
+
+        rows = q.shape[1:5]
+        start = (jnp.full(rows, HIDDEN), jnp.zeros(rows), jnp.zeros((*rows, q.shape[5])))
+        highest, total, out = jax.lax.fori_loop(*_seen_from(reach, window, q, k, i), fold, start)
+        return None, ((out / total[..., None]).astype(q.dtype), highest + jnp.log(total))
+
+    _, (out, log_total) = jax.lax.scan(one_block_of_queries, None, jnp.arange(q.shape[0]))
+    return out, (q, k, v, reach, out, log_total)
+
+
+def _backward(window, residuals, d_out):
+    """Scores are computed as keys x queries, so that each product takes the large operand as it lies."""
+    q, k, v, reach, out, log_total = residuals
+    along = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [n, B, K, G, b]
+    scale = 1 / math.sqrt(q.shape[-1])
+
+    def one_block_of_queries(carry, i):
+        def add(j, sums):
+            d_q, d_k, d_v = sums
+            scores = _scores("bksh,bkgqh->bksgq", k[j], q[i])
+            weights = jnp.exp(scores - log_total[i][:, :, None])
+            seen = jnp.swapaxes(_visible(reach, window, q, k, i, j), 1, 2)
+            weights = jnp.where(seen[:, None, :, None], weights, 0.0)
+            d_weights = _product("bksh,bkgqh->bksgq", v[j], d_out[i])
+            d_scores = (weights * (d_weights - along[i][:, :, None]) * scale).astype(q.dtype)
+            d_v = d_v.at[j].add(_product("bksgq,bkgqh->bksh", weights.astype(q.dtype), d_out[i]))
+            d_k = d_k.at[j].add(_product("bksgq,bkgqh->bksh", d_scores, q[i]))
+            return d_q + _product("bkhs,bksgq->bkhgq", as_stored(jnp.swapaxes(k[j], 2, 3)), d_scores), d_k, d_v
+
+        b, heads, groups, size, head_dim = q.shape[1:]
+        d_q = jnp.zeros((b, heads, head_dim, groups, size))
+        d_q, d_k, d_v = jax.lax.fori_loop(*_seen_from(reach, window, q, k, i), add, (d_q, *carry))
+        return (d_k, d_v), jnp.moveaxis(d_q, 2, 4).astype(q.dtype)
+
+    start = jnp.zeros(k.shape), jnp.zeros(v.shape)
+    (d_k, d_v), d_q = jax.lax.scan(one_block_of_queries, start, jnp.arange(q.shape[0]))
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _seen_from(reach: Reach, window: int | None, q: jax.Array, k: jax.Array, i: jax.Array) -> tuple:
+    """First and one past the last block of keys that block i of queries can see."""
+    first_query = reach.offset + i * q.shape[4]
+    last_query = first_query + q.shape[4] - 1
+    end = jnp.minimum(last_query // k.shape[3] + 1, k.shape[0])
+    start = jnp.int32(0) if window is None else jnp.maximum(first_query - window + 1, 0) // k.shape[3]
+    return start, end
+
+
+def _visible(reach: Reach, window: int | None, q: jax.Array, k: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+    """Which keys of block j the queries of block i see: [1 or B, b, b]."""
+    queries = reach.offset + i * q.shape[4] + jnp.arange(q.shape[4])
+    distance = queries[:, None] - (j * k.shape[3] + jnp.arange(k.shape[3]))[None, :]
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    if reach.query_segments is None:
+        return visible[None]
+    return visible & (reach.query_segments[i][:, :, None] == reach.key_segments[j][:, None, :])
+
+
+def _scores(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return _product(subscripts, a, b) * (1 / math.sqrt(a.shape[-1]))
+
+
+def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
+def _blocks(length: int, block: int) -> tuple[int, int]:
+    """Number and size of equal blocks."""
+    count = -(-length // block)
+    return count, -(-length // count)
+
+
+def _cut(x: jax.Array, axis: int, blocks: tuple[int, int], fill: int = 0) -> jax.Array:
+    """Cut an axis into blocks, padding the last; the blocks come first."""
+    count, size = blocks
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, count * size - x.shape[axis])
+    padded = jnp.pad(x, padding, constant_values=fill)
+    return jnp.moveaxis(padded.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
