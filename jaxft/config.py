@@ -139,6 +139,17 @@ class MeshConfig(_Section):
         return self
 
 
+_OF_A_NEW_ADAPTER = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+)
+
+
 class Config(_Section):
     """Everything a run is told. Frozen; after validation all spellings of one setting agree."""
 
@@ -311,6 +322,10 @@ class Config(_Section):
             yield "`adapter` is none, but quantized weights cannot be trained; use lora or do not quantize"
         if self.adapter == "none" and self.adapter_name_or_path is not None:
             yield "`adapter` is none, so nothing can go on from `adapter_name_or_path`; drop one of them"
+        if self.adapter_name_or_path is not None:
+            idle = [key for key in _OF_A_NEW_ADAPTER if getattr(self, key) != type(self).model_fields[key].default]
+            for key in idle:
+                yield f"`{key}` is that of the adapter in `adapter_name_or_path`; drop one of them"
         if self.eval_datasets and self.val_set_size:
             yield "`eval_datasets` and `val_set_size` are both given; keep one"
         if self.warmup_ratio and self.warmup_steps:

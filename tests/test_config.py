@@ -252,6 +252,8 @@ def test_dora(given, adapter):
     ({"adapter": "none", "use_dora": True}, "use_dora is true, but adapter is none"),
     ({"adapter": "none", "load_in_8bit": True}, "adapter is none, but quantized weights cannot be trained"),
     ({"adapter": "none", "adapter_name_or_path": "a"}, "adapter is none, so nothing can go on from"),
+    ({"adapter_name_or_path": "a", "lora_r": 8}, "lora_r is that of the adapter in adapter_name_or_path"),
+    ({"adapter_name_or_path": "a", "lora_target_modules": ["q_proj"]}, "lora_target_modules is that of the adapter"),
     (HELD_OUT | {"val_set_size": 3}, "eval_datasets and val_set_size are both given"),
     ({"warmup_ratio": 0.1, "warmup_steps": 5}, "warmup_ratio and warmup_steps are both given"),
     ({"early_stopping_patience": 3}, "early_stopping_patience needs held-out examples"),

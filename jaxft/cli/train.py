@@ -37,7 +37,7 @@ from jaxft.training.checkpoint import Checkpoints, state_digest
 from jaxft.training.inputs import Inputs, gather
 from jaxft.training.logging import MetricsLog, Progress, open_sinks, read_metrics
 from jaxft.training.loop import PREEMPTED, NonFiniteLossError, Outcome, Preempted, fit, start
-from jaxft.training.run_directory import RunDirectory, open_run
+from jaxft.training.run_directory import RunDirectory, check_vacant, open_run
 
 SHOWN_PROMPTS = 5
 
@@ -72,12 +72,13 @@ def train(config: str | Path | Mapping[str, Any], **overrides: Any) -> TrainResu
 def run(config: Config, console: Console) -> TrainResult:
     """`train` for a checked config; what happens is told on `console`."""
     say = console.print
+    again = config.resume_from_checkpoint or nothing_to_lose(Path(config.output_dir))
+    check_vacant(config.output_dir, again)
     inputs = gather(config)
     say(str(inputs.data.report))
     counts = count_parameters(inputs.describe(), inputs.trained_type)
     say(describe_parameters(counts))
     say(describe_batch(inputs))
-    again = config.resume_from_checkpoint or nothing_to_lose(Path(config.output_dir))
     with open_run(config.output_dir, again, config.to_yaml(), inputs.fingerprints) as directory:
         model = inputs.load()
         asked = questions(inputs.data.eval_examples, inputs.renderer, max(config.exact_match_samples, SHOWN_PROMPTS))

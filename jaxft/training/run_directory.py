@@ -122,6 +122,20 @@ class RunDirectory:
         _replace(self.metrics_file, b"".join(kept))
 
 
+def check_vacant(output_dir: str | Path, resume: bool) -> None:
+    """Refuse early what `open_run` would refuse for what lies in the directory. Only looks.
+
+    Raises:
+        RunDirectoryError: it holds something that is not to be resumed, or is a file.
+    """
+    path = Path(output_dir)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise _not_a_directory(path)
+    _refuse_contents(path, resume)
+
+
 def open_run(output_dir: str | Path, resume: bool, config_yaml: str, fingerprints: Mapping[str, str]) -> RunDirectory:
     """Take possession of an output directory, for a new run or to go on with the one in it.
 
@@ -140,7 +154,7 @@ def open_run(output_dir: str | Path, resume: bool, config_yaml: str, fingerprint
     """
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
-        raise RunDirectoryError(f"output_dir {path} is a file, not a directory; choose another output_dir")
+        raise _not_a_directory(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         there = _contents(path)
@@ -159,9 +173,7 @@ def open_run(output_dir: str | Path, resume: bool, config_yaml: str, fingerprint
 
 
 def _open_locked(path: Path, lock: int, resume: bool, config_yaml: str, fingerprints: dict[str, str]) -> RunDirectory:
-    there = _contents(path)
-    if there and not (resume and "run.json" in there):
-        raise _occupied(path, there)
+    there = _refuse_contents(path, resume)
     run = RunDirectory(path, lock, {}, resumed=resume and _has_checkpoint(path / "checkpoints"))
     if run.resumed:
         recorded = _read_record(run.run_file)
@@ -186,6 +198,17 @@ def _open_locked(path: Path, lock: int, resume: bool, config_yaml: str, fingerpr
 def _contents(path: Path) -> list[str]:
     """What is there, apart from the lock and what a killed process was about to write."""
     return sorted(p.name for p in path.iterdir() if p.name != _LOCK and not (p.name[0] == "." and p.suffix == ".tmp"))
+
+
+def _refuse_contents(path: Path, resume: bool) -> list[str]:
+    there = _contents(path)
+    if there and not (resume and "run.json" in there):
+        raise _occupied(path, there)
+    return there
+
+
+def _not_a_directory(path: Path) -> RunDirectoryError:
+    return RunDirectoryError(f"output_dir {path} is a file, not a directory; choose another output_dir")
 
 
 def _occupied(path: Path, there: list[str]) -> RunDirectoryError:

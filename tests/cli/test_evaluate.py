@@ -188,6 +188,13 @@ def test_refuses(stories, tmp_path, capsys, records, more, message):
     assert printed.out == ""
 
 
+def test_refuses_a_tokenizer_that_is_larger_than_the_embedding(chat_model, write_chats, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_model", None)  # told before weights are read
+    data = write_chats(tmp_path / "chats.jsonl", 30)
+    assert evaluate.main(["--model", str(chat_model(vocab_size=20)), "--data", str(data)]) == 2
+    assert "but the model's embedding has 20 rows; use the tokenizer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "more, message",
     [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from orbax.checkpoint import CheckpointManager
 from safetensors.numpy import load_file, save_file
 
 from jaxft.cli import train as command
@@ -146,7 +147,10 @@ def test_what_a_dry_run_prints_is_printed_as_it_is(place, no_weights, capsys, wr
         (["rank_pattern={q_proj: 4}"], "rank_pattern: 'q_proj' matches none of the targets: model.layers.*"),
         (["datasets=[gone.jsonl]"], "gone.jsonl"),
         (["model_name_or_path=./gone"], "no such directory: './gone'"),
-        (["adapter_name_or_path=./gone"], "gone/adapter_config.json: no such file"),
+        (
+            ["adapter_name_or_path=./gone", "lora_r=16", "lora_target_modules=all-linear"],
+            "gone/adapter_config.json: no such file",
+        ),
         (["mesh.data=2"], "mesh: data=2 x fsdp=1 x tensor=1 is 2 devices, but there are 1"),
     ],
 )
@@ -171,6 +175,8 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(place, chat_model, ca
 
 
 def test_a_directory_of_something_else_is_left_alone(place, capsys):
+    """And refused before the data is read, which may take long."""
+    (place / "chats.jsonl").write_text("not read")
     (place / "run").mkdir()
     (place / "run/thesis.tex").write_text("x")
     for resume in ("true", "false"):
@@ -327,6 +333,33 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(place, capsys, monk
         for run in ("run", "whole")
     ]
     assert logged[0] == logged[1]
+
+
+def test_a_signal_whose_checkpoint_cannot_be_written_is_an_error(place, capsys, monkeypatch):
+    """Not the exit code that promises a checkpoint; the failure shows only after the save has begun."""
+    failures = []
+    begin, finish = CheckpointManager.save, CheckpointManager.wait_until_finished
+
+    def save(manager, *arguments, **options):
+        begin(manager, *arguments, **options)
+        failures.append(OSError(28, "No space left on device"))
+
+    def wait(manager):
+        finish(manager)
+        if failures:
+            raise failures.pop()
+
+    class Interrupting(command.Progress):
+        def update(self, step, record=None):
+            super().update(step, record)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(CheckpointManager, "save", save)
+    monkeypatch.setattr(CheckpointManager, "wait_until_finished", wait)
+    monkeypatch.setattr(command, "Progress", Interrupting)
+    assert "run/checkpoints/1 could not be written: [Errno 28] No space left on device" in refused(capsys)
+    assert json.loads((place / "run/run.json").read_text())["finished"] is None
+    assert not (place / "run/adapter").exists()
 
 
 # The Python interface

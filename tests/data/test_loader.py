@@ -80,6 +80,24 @@ def test_the_first_token_of_a_segment_is_never_supervised():
     assert batch.loss_mask[0, 0].tolist() == [False, True, True, True] * 3 + [False] * 4
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_padding_is_told_by_its_place_and_not_by_its_id(packing):
+    """Examples that hold and end with token 0, which also fills rows, as where a tokenizer pads with EOS."""
+    texts = [[5, 0, 6, 0], [0, 7, 0]]
+    ends = TokenizedSet.of([Tokenized(np.array(text, np.int32), np.arange(len(text)) > 0) for text in texts])
+    options = {"micro_batch_size": 2, "accumulation_steps": 1, "max_length": 9, "packing": packing}
+    (row, other) = zip(*(array[0] for array in schedule([ends], **options)[0]), strict=True)
+    found = []
+    for tokens, mask, segments, positions in (row, other):
+        for segment in range(1, segments.max() + 1):
+            where = segments == segment
+            found.append(tokens[where].tolist())
+            assert mask[where].tolist() == [False] + [True] * (where.sum() - 1)
+            assert positions[where].tolist() == list(range(where.sum()))
+        assert not mask[segments == 0].any()
+    assert sorted(found) == sorted(texts)
+
+
 def test_order_is_fixed_by_the_seed():
     for step in (0, 5, 30):
         assert all(map(np.array_equal, schedule()[step], schedule()[step]))

@@ -145,6 +145,14 @@ def test_nothing_to_learn_anywhere(renderer, tmp_path):
         prepare([spec(str(path))], renderer, max_length=64)
 
 
+def test_a_template_that_marks_nothing_as_generated(byte_tokenizer, write):
+    block = "{% if m.role == 'model' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}"
+    source = "{% for m in messages %}<|im_start|>" + block + "{% endif %}<|im_end|>{% endfor %}"
+    path = write("a.jsonl", ("q", "a"), ("r", "b"))
+    with pytest.raises(ValueError, match=r"none of 2 examples is left: .* 2 have no token to learn"):
+        prepare([spec(path)], Renderer(byte_tokenizer, source), max_length=64)
+
+
 def test_a_source_that_is_held_out_entirely(write, renderer):
     paths = [write("a.jsonl", *[(f"q{i}", "a") for i in range(30)]), write("b.jsonl", ("r", "a"))]
     outcomes = set()

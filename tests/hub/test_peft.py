@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 import jaxft
 from jaxft.adapters.attach import attach, attach_factors, factors_of
@@ -147,6 +148,22 @@ def test_saved_config_is_what_consumers_expect(base, tmp_path):
     assert tensors.tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"].shape == (7, 32)
 
 
+def test_the_commit_of_a_hub_model_is_recorded(base, tmp_path, monkeypatch):
+    """So that the base is found again when the branch has moved on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit, repository = "0123456789abcdef" * 2 + "01234567", tmp_path / "models--org--model"
+    for name in ("refs", "snapshots"):
+        (repository / name).mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    (repository / "snapshots" / commit).symlink_to(base)
+    model = randomised(jaxft.load_model("org/model"), LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
+    jaxft.save_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/model", commit)
+
+
 @pytest.fixture
 def adapter(base, tmp_path):
     """A valid adapter directory to spoil."""
@@ -217,6 +234,14 @@ def test_refuses_missing_files(base, adapter):
     shutil.rmtree(adapter)
     with pytest.raises(ValueError):
         jaxft.load_adapter(jaxft.load_model(base), adapter)
+
+
+def test_refuses_a_pickle(base, adapter):
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(ValueError, match="adapter: holds its weights only as pickles") as error:
+        jaxft.load_adapter(jaxft.load_model(base), adapter)
+    assert "for name in ['adapter_model.bin']:" in str(error.value)
+    assert "save_file(state, 'adapter_model.safetensors', " in str(error.value)
 
 
 def test_second_adapter_and_nothing_to_save(base, adapter):

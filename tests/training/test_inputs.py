@@ -229,6 +229,10 @@ FAULTS = {
         lambda d: edit(d / "model/config.json", num_hidden_layers=3),
         "9 missing from the files: model.layers.2.input_layernorm.weight",
     ),
+    "code of its own": (
+        lambda d: edit(d / "model/config.json", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"}),
+        "model_type 'own' is not supported; supported: llama, mistral, qwen2, qwen3",
+    ),
     "no tokenizer": (
         lambda d: [(d / "model" / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
         "model: no tokenizer can be loaded from it",

@@ -1,9 +1,11 @@
 """Whole runs on a tiny model: what is logged, evaluated, saved and exported, and when a run ends early."""
 
+import io
 import json
 import math
 import signal
 import threading
+from contextlib import redirect_stdout
 from types import SimpleNamespace
 
 import jax
@@ -23,6 +25,8 @@ from jaxft.training.inputs import gather
 from jaxft.training.logging import read_metrics
 from jaxft.training.loop import Bookkeeping, StopSignal, is_evaluation, note_evaluation
 from jaxft.training.optimizer import learning_rate_schedule
+
+CANARY = "hf_" + "canary" * 6
 
 pytestmark = pytest.mark.usefixtures("quick_compiles", "one_device")
 
@@ -84,7 +88,7 @@ def held_out_loss(model, config: Config) -> float:
 
 @pytest.fixture(scope="module")
 def whole(settings, quick_compiles, one_device):
-    """Two epochs of 12 updates."""
+    """Two epochs of 12 updates, and what was printed; there is a token in the environment."""
     config = settings(
         micro_batch_size=2,
         gradient_accumulation_steps=2,
@@ -96,7 +100,10 @@ def whole(settings, quick_compiles, one_device):
         warmup_steps=2,
         weight_decay=0.1,
     )
-    return SimpleNamespace(config=config, result=train(config.model_dump()))
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setenv("HF_TOKEN", CANARY)
+        result = train(config.model_dump())
+    return SimpleNamespace(config=config, result=result, printed=printed.getvalue())
 
 
 def test_metrics_have_the_promised_keys_at_the_promised_steps(whole):
@@ -191,6 +198,14 @@ def test_checkpoints_hold_the_adapter_and_nothing_of_the_base(whole):
     }
     factors = load_file(whole.result.adapter_dir / "adapter_model.safetensors")
     assert all("lora_" in name for name in factors)
+
+
+def test_no_token_of_the_environment_is_printed_or_saved(whole):
+    files = [path for path in whole.result.output_dir.rglob("*") if path.is_file()]
+    assert {"config.yaml", "run.json", "metrics.jsonl", "report.html"} <= {path.name for path in files}
+    assert not [path for path in files if CANARY.encode() in path.read_bytes()]
+    assert "held-out loss" in whole.printed
+    assert CANARY not in whole.printed
 
 
 # When to evaluate, what is best, when to stop
