@@ -10,6 +10,8 @@ from pathlib import Path
 import chex
 
 chex.set_n_cpu_devices(8)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin while they wait for one another
 
 # The device count must be set before anything touches jax.
 import jax  # noqa: E402
