@@ -236,7 +236,7 @@ class Config(_Section):
     resume_from_checkpoint: bool = Field(False, description="Go on from the newest checkpoint in output_dir.")
     logging_steps: PositiveInt = Field(10, description="Updates between two lines of the log.")
     eval_steps: PositiveInt | None = Field(None, description="Updates between evaluations; null = an epoch.")
-    save_steps: PositiveInt | None = Field(None, description="Updates between checkpoints; null = the run.")
+    save_steps: PositiveInt | None = Field(None, description="Updates between checkpoints; null = epoch or 10 minutes.")
     save_total_limit: PositiveInt = Field(2, description="Checkpoints to keep; older ones are deleted.")
     report_to: Annotated[
         list[Literal["tensorboard", "wandb", "trackio"]],

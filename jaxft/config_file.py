@@ -3,23 +3,20 @@
 Read, merge, check. The file is YAML with the scalars of YAML 1.2 (`1e-4` is a number, `no` is a string), no
 tags and no duplicate keys. Names that other trainers use become ours (`ALIASES`, `TRANSLATIONS`); two
 spellings of one key may agree but not differ. The command line then replaces what the file says about the
-same thing, however each of them spells it. Last, the schema's complaints become lines a person can act on:
-they say where the key stands, call it what the user called it, and never repeat what may be a credential.
+same thing, however each of them spells it. What the schema then finds is put into words by `config_errors`.
 """
 
 import copy
-import difflib
-import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from jaxft.config import SECRET, SECRET_LIKE, Config, ConfigError, YamlDumper
+from jaxft.config import SECRET_LIKE, Config, ConfigError, YamlDumper
+from jaxft.config_errors import COMMAND_LINE, KeyPath, dotted, explain, got, show
 
 #: Other trainers' names for our keys.
 ALIASES: dict[str, str] = {
@@ -68,17 +65,6 @@ _RIVALS = [
     {"num_train_epochs", "max_steps"},
     {"val_set_size", "eval_datasets"},
 ]
-_COMMAND_LINE = "command line"
-_PHRASES = {
-    "bool_type": "must be true or false",
-    "dict_type": "must be a mapping",
-    "model_type": "must be a mapping",
-    "string_too_short": "must not be empty",
-    "too_short": "must not be empty",
-    "invalid_key": "must be a string, as all keys",
-}
-
-KeyPath = tuple[str | int, ...]  # ("datasets", 0, "weight")
 
 
 class _Given(NamedTuple):
@@ -87,7 +73,7 @@ class _Given(NamedTuple):
 
 
 def load_config(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Check a YAML file, or a mapping, after the overrides of a command line.
+    """Check a YAML file, or a mapping (where a text may be a `Path`), after the overrides of a command line.
 
     An override is `key=value`. The key may be an alias, or dotted (`mesh.fsdp=8`, `datasets.0.weight=2`); the
     value is YAML (`learning_rate=1e-4`, `lora_target_modules=[q_proj, v_proj]`; nothing at all is null).
@@ -95,11 +81,11 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
     Raises ConfigError, with a line for every problem found.
     """
     if isinstance(source, Mapping):
-        where, pairs = "config", source.items()
+        where, pairs = "config", _without_paths(source).items()
     else:
         where, pairs = os.fspath(source), _read(Path(source)).items()
     from_file = _canonical(where, (((key,), _Given(str(key), value)) for key, value in pairs))
-    from_line = _canonical(_COMMAND_LINE, map(_parse_override, overrides))
+    from_line = _canonical(COMMAND_LINE, map(_parse_override, overrides))
 
     replaced = {key for path, given in from_line.items() for key in _replaced_by(path[0], given.value)}
     tree = {path[0]: copy.deepcopy(given.value) for path, given in from_file.items() if path[0] not in replaced}
@@ -110,7 +96,8 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
     except ValidationError as error:
         names = {path[0]: given.written for path, given in (from_file | from_line).items()}
         spelt = {key: name for key, name in names.items() if name in ALIASES or name in TRANSLATIONS}
-        raise ConfigError("\n".join(_explain(error, tree, where, spelt, list(from_line)))) from None
+        lines = explain(error, tree, where, spelt, list(from_line), [*ALIASES, *TRANSLATIONS])
+        raise ConfigError("\n".join(lines)) from None
 
 
 # Reading
@@ -157,7 +144,7 @@ def _read(path: Path) -> dict[Any, Any]:
         line, problem = _diagnose(error, text)
         raise ConfigError(f"{path}:{line}: {problem}") from None
     if not isinstance(data, dict):
-        problem = "is empty" if data is None else f"is not a mapping{_got(data)}"
+        problem = "is empty" if data is None else f"is not a mapping{got(data)}"
         raise ConfigError(f"{path}: {problem}; a config has a line for every key, as in `lora_r: 16`")
     return data
 
@@ -169,6 +156,15 @@ def _diagnose(error: yaml.YAMLError, text: str) -> tuple[int, str]:
     else:
         line, problem = text.count("\n", 0, error.position) + 1, error.reason
     return line, "is not valid YAML" if SECRET_LIKE.search(problem) else problem
+
+
+def _without_paths(value: Any) -> Any:
+    """The same with texts for paths, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(part) for part in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 # Merging
@@ -183,7 +179,7 @@ def _canonical(where: str, pairs: Iterable[tuple[KeyPath, _Given]]) -> dict[KeyP
             choices = TRANSLATIONS[path[0]]
             meant = [ours for theirs, ours in choices.items() if theirs == value and type(theirs) is type(value)]
             if not meant:
-                problems.append(f"{where}: {written}: must be {' or '.join(map(_show, choices))}{_got(value)}")
+                problems.append(f"{where}: {written}: must be {' or '.join(map(show, choices))}{got(value)}")
                 continue
             path, value = meant[0][:1], meant[0][1]
         else:
@@ -192,7 +188,7 @@ def _canonical(where: str, pairs: Iterable[tuple[KeyPath, _Given]]) -> dict[KeyP
             found[path] = _Given(written, value)
         elif found[path].value != value:
             spellings = " and ".join(dict.fromkeys((found[path].written, written)))
-            problems.append(f"{where}: {_dotted(path)}: has two values, given as {spellings}; keep one")
+            problems.append(f"{where}: {dotted(path)}: has two values, given as {spellings}; keep one")
     if problems:
         raise ConfigError("\n".join(problems))
     return found
@@ -202,12 +198,12 @@ def _parse_override(text: str) -> tuple[KeyPath, _Given]:
     written, sign, value = text.partition("=")
     written = written.strip()
     if not (sign and written):
-        raise ConfigError(f"{_COMMAND_LINE}: expected key=value, as in learning_rate=1e-4{_got(text)}")
+        raise ConfigError(f"{COMMAND_LINE}: expected key=value, as in learning_rate=1e-4{got(text)}")
     try:
         return _parse_key(written), _Given(written, yaml.load(value, Loader=_Loader))
     except yaml.YAMLError as error:
         _, problem = _diagnose(error, value)
-        raise ConfigError(f"{_COMMAND_LINE}: {written}: {problem}; quotes make it plain text") from None
+        raise ConfigError(f"{COMMAND_LINE}: {written}: {problem}; quotes make it plain text") from None
 
 
 def _parse_key(written: str) -> KeyPath:
@@ -226,7 +222,7 @@ def _parse_key(written: str) -> KeyPath:
         elif isinstance(kind, type) and issubclass(kind, BaseModel):
             kind = _kind(kind, part)
         else:
-            raise ConfigError(f"{_COMMAND_LINE}: {written}: {_dotted(path)} has no part `{part}`")
+            raise ConfigError(f"{COMMAND_LINE}: {written}: {dotted(path)} has no part `{part}`")
         path = (*path, part)
     return path
 
@@ -249,8 +245,8 @@ def _assign(tree: dict[str, Any], path: KeyPath, given: _Given) -> None:
         else:
             fits = isinstance(node, dict)
         if not fits:
-            problem = f"the config has no {_dotted(path[: depth + 1])} to change"
-            raise ConfigError(f"{_COMMAND_LINE}: {given.written}: {problem}")
+            problem = f"the config has no {dotted(path[: depth + 1])} to change"
+            raise ConfigError(f"{COMMAND_LINE}: {given.written}: {problem}")
         if depth == len(path) - 1:
             node[part] = given.value
             return
@@ -259,97 +255,3 @@ def _assign(tree: dict[str, Any], path: KeyPath, given: _Given) -> None:
         elif isinstance(node[part], str):
             node[part] = {"path": node[part]}  # a dataset known by its path alone
         node = node[part]
-
-
-# Complaining
-
-
-def _explain(
-    error: ValidationError,
-    tree: dict[str, Any],
-    file: str,
-    spelt: dict[str, str],
-    overridden: list[KeyPath],
-) -> Iterator[str]:
-    """A line per problem; `spelt` has the other names in use, `overridden` what the command line set."""
-    faults: dict[KeyPath, list[Any]] = {}
-    for fault in error.errors(include_url=False):
-        faults.setdefault(_locate(tree, fault), []).append(fault)
-    for path, found in faults.items():
-        if any(_within(deeper, path) and deeper != path for deeper in faults):
-            continue  # the other branch of a union: what stands deeper is what was meant
-        where = file
-        if any(_within(path, key) for key in overridden):
-            where = _COMMAND_LINE
-        elif any(_within(key, path) for key in overridden):
-            where = f"{file} with the {_COMMAND_LINE}"
-        if not path:  # contradictions between keys, which stand in backticks
-            for line in str(found[0]["ctx"]["error"]).splitlines():
-                yield f"{where}: " + re.sub(r"`(\w+)`", lambda key: _called((key[1],), spelt), line)
-            continue
-        yield f"{where}: {_called(path, spelt)}: {_reason(path, found)}"
-
-
-def _within(path: KeyPath, whole: KeyPath) -> bool:
-    return path[: len(whole)] == whole
-
-
-def _locate(tree: dict[str, Any], fault: Any) -> KeyPath:
-    """Where in the config the fault lies: pydantic's location without the names of union branches."""
-    path: KeyPath = ()
-    node: Any = tree
-    for part in fault["loc"]:
-        if part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int):
-            path, node = (*path, part), node[part]
-        elif fault["type"] == "missing":
-            path = (*path, part)
-    return path
-
-
-def _reason(path: KeyPath, found: list[Any]) -> str:
-    """What is wrong with the value at `path`; there are several faults where no branch of a union fits."""
-    kind, value, last = found[0]["type"], found[0]["input"], str(path[-1])
-    if value is None and ":" in last:  # {fsdp:8}, which YAML reads as {"fsdp:8": null}
-        return "lacks a space after the colon"
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(last, _names_in(path[:-1]), n=1)
-        return f"unknown key; did you mean `{near[0]}`?" if near else "unknown key"
-    if kind == "missing":
-        return "is required"
-    if kind == "value_error":
-        return str(found[0]["ctx"]["error"]) + ("" if isinstance(value, list | dict) else _got(value))
-    phrases = (_PHRASES.get(f["type"], f["msg"].replace("Input should be", "must be")) for f in found)
-    return " or ".join(dict.fromkeys(phrases)).replace(" or must be ", " or ") + _got(value)
-
-
-def _names_in(path: KeyPath) -> list[str]:
-    section: Any = Config
-    for part in path:
-        section = get_args(section)[0] if isinstance(part, int) else _kind(section, part)
-    return [*section.model_fields, *(() if path else (*ALIASES, *TRANSLATIONS))]
-
-
-def _called(path: KeyPath, spelt: dict[str, str]) -> str:
-    """The key as the user wrote it, with our own name where that is another."""
-    name = _dotted((spelt.get(path[0], path[0]), *path[1:]))
-    return name if name == _dotted(path) else f"{name} ({path[0]})"
-
-
-def _dotted(path: KeyPath) -> str:
-    return ".".join("***" if SECRET.search(str(part)) else str(part) for part in path)
-
-
-def _got(value: Any) -> str:
-    return f" (got {_show(value)})"
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, list | dict):
-        return "a list" if isinstance(value, list) else "a mapping"
-    if isinstance(value, str) and SECRET_LIKE.search(value):
-        return "a text not shown, as it may hold a secret"
-    if isinstance(value, str) and len(value) > 80:
-        return json.dumps(value[:80], ensure_ascii=False) + "..."
-    if value is None or isinstance(value, str | bool | int | float):
-        return json.dumps(value, ensure_ascii=False)
-    return f"a {type(value).__name__}"

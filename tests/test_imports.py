@@ -8,7 +8,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "jaxft"
 EVERYTHING_BELOW = {
     "rules",
+    "redact",
     "config",
+    "config_errors",
     "config_file",
     "quantization",
     "sharding",
@@ -19,15 +21,17 @@ EVERYTHING_BELOW = {
 }
 ALLOWED = {
     "rules": set(),
+    "redact": set(),
     "config": set(),
-    "config_file": {"config"},
+    "config_errors": {"config"},
+    "config_file": {"config", "config_errors"},
     "quantization": {"rules"},
     "sharding": {"rules"},
     "models": {"quantization", "sharding", "rules"},
     "adapters": {"models", "quantization", "sharding", "rules"},
-    "hub": {"models", "adapters", "quantization", "sharding", "rules"},
+    "hub": {"models", "adapters", "quantization", "sharding", "rules", "redact"},
     "generation": {"models", "adapters", "quantization", "sharding", "rules"},
-    "data": {"config", "rules"},
+    "data": {"config", "rules", "redact"},
     "objectives": {"rules"},
     "training": EVERYTHING_BELOW | {"objectives"},
     "evaluation": EVERYTHING_BELOW | {"objectives", "training", "generation"},

@@ -73,20 +73,20 @@ class LoRA(nnx.Module):
         self.row_squares = nnx.data(Frozen(row_squares) if spec.use_dora else None)
         self.layout_A, self.layout_B = layout_A, layout_B
 
-    def __call__(self, linear: Linear, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, linear: Linear, x: jax.Array, key: jax.Array | None, out_dtype: jnp.dtype | None) -> jax.Array:
         """The adapted product for x [..., in], without the bias: [..., out]."""
         dropped = x if key is None or self.spec.dropout == 0 else _dropout(x, self.spec.dropout, key)
-        base = linear.product(x)
-        update = self._low_rank(dropped)
+        base = linear.product(x, out_dtype)
+        update = self._low_rank(dropped, out_dtype)
         if self.magnitude is None:
             return base + update
         gain = self._gain(linear)
-        again = base if dropped is x else linear.product(dropped)
-        return (base + (gain - 1).astype(x.dtype) * again) + gain.astype(x.dtype) * update
+        again = base if dropped is x else linear.product(dropped, out_dtype)
+        return (base + (gain - 1).astype(base.dtype) * again) + gain.astype(base.dtype) * update
 
-    def _low_rank(self, x: jax.Array) -> jax.Array:
+    def _low_rank(self, x: jax.Array, out_dtype: jnp.dtype | None) -> jax.Array:
         z = self.scale[...].astype(x.dtype) * matmul(x, self.A[...], self.layout_A)
-        return matmul(z, self.B[...], self.layout_B)
+        return matmul(z, self.B[...], self.layout_B, out_dtype)
 
     def _gain(self, linear: Linear) -> jax.Array:
         """m / |W + s B A| by row, [out] float32, the length taken as a constant (DoRA section 4.3).

@@ -29,7 +29,7 @@ from jaxft.config import Config
 from jaxft.config_file import load_config
 from jaxft.data.chat import Renderer, load_tokenizer
 from jaxft.hub.checkpoint import Checkpoint
-from jaxft.hub.load import describe_model, eos_token_ids, fingerprint, load_model, read_json
+from jaxft.hub.load import config_fingerprint, describe_model, eos_token_ids, fingerprint, load_model, read_json
 from jaxft.hub.peft import CONFIG_FILE, TENSOR_STEM, load_adapter
 from jaxft.hub.resolve import resolve_model
 from jaxft.hub.save import copy_companions, save_model
@@ -98,13 +98,15 @@ def find_base(run: Run) -> Source:
     """
     name = run.config.model_name_or_path
     resolved = resolve_model(name, read_json(run.result / CONFIG_FILE)["revision"])
-    found = fingerprint(Checkpoint.open(resolved.path))
-    if found != (recorded := run.record["fingerprints"]["base"]):
-        raise ValueError(
-            f"{name}: not the weights that {run.path} was trained on (fingerprint {found[:12]}, recorded "
-            f"{recorded[:12]}); put them back"
-        )
-    return Source(name, str(resolved.path), resolved.revision, found)
+    weights = fingerprint(Checkpoint.open(resolved.path))
+    found = {"base": weights, "base config": config_fingerprint(resolved.path)}
+    for part, what in (("base", "weights"), ("base config", "config.json")):
+        if found[part] != (recorded := run.record["fingerprints"][part]):
+            raise ValueError(
+                f"{name}: not the {what} that {run.path} was trained on (fingerprint {found[part][:12]}, recorded "
+                f"{recorded[:12]}); put back what was there"
+            )
+    return Source(name, str(resolved.path), resolved.revision, weights)
 
 
 def write_adapter(run: Run, directory: Path) -> None:
@@ -117,22 +119,30 @@ def write_adapter(run: Run, directory: Path) -> None:
     base = describe_model(decoder_config(read_json(Path(source.path) / "config.json")), "float32", None)
     base.source = source
     jax.eval_shape(lambda base: load_adapter(base, directory), base)
-    copy_companions(Path(source.path), directory)
+    add_tokenizer(Path(source.path), directory, run.record["chat_template"])
+
+
+def add_tokenizer(base: Path, directory: Path, template: str | None) -> None:
+    """Put tokenizer and chat template beside an adapter, so that it is asked as it was trained."""
+    copy_companions(base, directory)
     (directory / "generation_config.json").unlink(missing_ok=True)  # the base's own is used
-    carry_template(directory, run.record["chat_template"])
+    carry_template(directory, template)
 
 
 def write_merged(run: Run, directory: Path, dtype: str | None) -> str:
-    """A model of its own; returns the dtype of its weights, by default that of the checkpoint it came from.
+    """A model of its own; returns the dtype of its weights.
+
+    By default that is the dtype of the checkpoint that was adapted, or the one that a full training computed in.
 
     Raises:
         ValueError: as `find_base`; or the weights do not fit `dtype`.
     """
     if run.config.adapter == "none":
         model = load_model(run.result, "float32")
+        dtype = dtype or run.config.dtype
     else:
         model = merge(load_adapter(load_model(find_base(run).path, "float32"), run.result))
-    dtype = dtype or _checkpoint_dtype(Path(model.source.path))
+        dtype = dtype or _checkpoint_dtype(Path(model.source.path))
     expected = _logits(_rounded(model, dtype))
     if not np.isfinite(expected).all():
         raise ValueError(f"{run.path}: the merged model's logits are not finite in {dtype}; choose another --dtype")
@@ -154,9 +164,10 @@ def carry_template(directory: Path, template: str | None) -> None:
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     (directory / "chat_template.json").unlink(missing_ok=True)
     shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
-    settings = read_json(directory / "tokenizer_config.json")
+    path = directory / "tokenizer_config.json"
+    settings = read_json(path) if path.exists() else {}
     if settings.pop("chat_template", None) is not None:
-        _write_json(directory / "tokenizer_config.json", settings)
+        _write_json(path, settings)
 
 
 def stop_at_end_of_turn(directory: Path, template: str | None) -> None:
@@ -170,16 +181,22 @@ def stop_at_end_of_turn(directory: Path, template: str | None) -> None:
 
 
 @contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """A directory to write into, which comes to be at `output` when all is written, or not at all."""
+def staged(output: Path, replace: bool = False) -> Iterator[Path]:
+    """A directory to write into, which comes to be at `output` when all is written, or not at all.
+
+    Raises:
+        ValueError: something is there, and it is not to be replaced.
+    """
     output = output.expanduser().absolute()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if not replace and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output} is {'not empty' if output.is_dir() else 'a file'}; choose another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
     stage = output.with_name(f".{output.name}.{secrets.token_hex(4)}.tmp")
     stage.mkdir()
     try:
         yield stage
+        if replace and output.exists():
+            shutil.rmtree(output)
         os.replace(stage, output)
     except BaseException:
         shutil.rmtree(stage)

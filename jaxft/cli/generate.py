@@ -53,6 +53,9 @@ def _run(options: argparse.Namespace) -> None:
         eos_ids |= end_of_turn(renderer)
     else:
         prompts = [tokenizer(text).input_ids for text in options.prompt]
+    for text, ids in zip(options.prompt, prompts, strict=True):
+        if not ids:
+            raise ValueError(f"--prompt {text!r} holds no token to go on from; give it a text")
 
     model = load_model(options.model, options.dtype, options.quantization, revision=options.revision)
     if options.adapter is not None:

@@ -9,7 +9,6 @@ import argparse
 import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from rich.console import Console
 
 from jaxft.adapters.attach import detach
 from jaxft.cli.command import end_of_turn, exit_code
-from jaxft.cli.export import digests
+from jaxft.cli.export import add_tokenizer, carry_template, digests, staged, stop_at_end_of_turn
 from jaxft.config import Config
 from jaxft.config_file import load_config
 from jaxft.evaluation.answers import Question, answers, exact_matches, questions
@@ -81,7 +80,8 @@ def run(config: Config, console: Console) -> TrainResult:
     say(describe_batch(inputs))
     with open_run(config.output_dir, again, config.to_yaml(), inputs.fingerprints) as directory:
         model = inputs.load()
-        asked = questions(inputs.data.eval_examples, inputs.renderer, max(config.exact_match_samples, SHOWN_PROMPTS))
+        count = max(config.exact_match_samples, SHOWN_PROMPTS)
+        asked = questions(inputs.data.eval_examples, inputs.renderer, count, model.config.rope.max_positions)
         before = _answer(detach(model), inputs, asked)
         with Checkpoints(directory.checkpoints, keep=config.save_total_limit) as checkpoints:
             begin = start(inputs, model, checkpoints, directory.resumed)
@@ -97,6 +97,15 @@ def run(config: Config, console: Console) -> TrainResult:
                 outcome = fit(inputs, begin, checkpoints, log, progress)
         exported = _export(outcome, inputs, directory)
         say(f"wrote {exported} (step {outcome.exported_step})")
+        directory.finish(
+            {
+                "final": _final_metrics(outcome, None),
+                "data": asdict(inputs.data.report),
+                "parameters": [count._asdict() for count in counts],
+                "chat_template": inputs.chat_template,
+                "result_sha256": digests(exported),
+            }
+        )
 
         after = _answer(outcome.model, inputs, asked)
         match = _compare(asked, before, after, config)
@@ -112,15 +121,7 @@ def run(config: Config, console: Console) -> TrainResult:
             records=read_metrics(directory.metrics_file),
             samples=samples,
         )
-        directory.finish(
-            {
-                "final": final,
-                "data": asdict(inputs.data.report),
-                "parameters": [count._asdict() for count in counts],
-                "chat_template": inputs.chat_template,
-                "result_sha256": digests(exported),
-            }
-        )
+        directory.finish({"final": final})
         if match is not None:
             say(
                 f"exact match on {match.examples} held-out examples: "
@@ -174,13 +175,13 @@ def describe_batch(inputs: Inputs) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code: 1 for a failed run, 2 for bad input, 75 when told to stop."""
+    """The command line. Returns the exit code: 1 failed run, 2 bad input, 75 told to stop in training, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(description="Fine-tune a Hugging Face model.")
     parser.add_argument("--config", required=True, help="YAML file; its keys are described in docs/config.md")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the config")
     parsed = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     try:
         return exit_code(partial(_obey, parsed))
     except Preempted as stopped:
@@ -189,6 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # outside the training loop, which saves and is `Preempted`
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _obey(parsed: argparse.Namespace) -> None:
@@ -208,11 +212,18 @@ def _answer(model: Decoder, inputs: Inputs, asked: Sequence[Question]) -> list[s
 
 
 def _export(outcome: Outcome, inputs: Inputs, directory: RunDirectory) -> Path:
-    full = inputs.config.adapter == "none"
+    """Write the result, with the tokenizer and the chat template that it was trained with."""
+    template, full = inputs.chat_template, inputs.config.adapter == "none"
     target = directory.path / "model" if full else directory.adapter
-    if target.exists():  # of a run that was killed after training
-        shutil.rmtree(target)
-    return save_model(outcome.model, target, inputs.config.dtype) if full else save_adapter(outcome.model, target)
+    with staged(target, replace=True) as stage:  # what is there is of a run that was killed after training
+        if full:
+            save_model(outcome.model, stage, inputs.storage)
+            carry_template(stage, template)
+            stop_at_end_of_turn(stage, template)
+        else:
+            save_adapter(outcome.model, stage)
+            add_tokenizer(inputs.resolved.path, stage, template)
+    return target
 
 
 def _compare(
@@ -249,7 +260,10 @@ def _report_data(
     versions: Mapping[str, str],
 ) -> ReportData:
     c, devices = inputs.config, inputs.mesh.devices.flatten()
-    method = "full fine-tuning" if c.adapter == "none" else f"{c.adapter} r={c.lora_r} alpha={c.lora_alpha:g}"
+    if c.adapter_name_or_path is not None:
+        method = f"going on from {Path(c.adapter_name_or_path).name}"
+    else:
+        method = "full fine-tuning" if c.adapter == "none" else f"{c.adapter} r={c.lora_r} alpha={c.lora_alpha:g}"
     base = f"{c.quantization or c.dtype} base" if c.adapter != "none" else f"{c.dtype} compute"
     revision = f" @ {c.model_revision}" if c.model_revision else ""
     return ReportData(

@@ -48,6 +48,8 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a damaged file makes it raise nearly anything
         reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it is code of its own, which is never run; save it with a tokenizer.json, from where you trust it"
         raise ValueError(f"{directory}: no tokenizer can be loaded from it: {reason}") from error
 
 

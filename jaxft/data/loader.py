@@ -74,7 +74,7 @@ class Schedule:
         self.row_length = max_length if packing else _row_length(sources, max_length)
         self._shares = _shares(sources, weights)
         self._regular = weights is None or not packing  # every epoch has as many rows as the first
-        self._order = [packing, list(self._shape), self.row_length, self._shares, seed]
+        self._order = [packing, accumulation_steps, self.row_length, self._shares, seed]
         self._ends = [0]  # the step after the last one of each epoch, as far as known, after a first 0
         self._rows: tuple[int, list[list[int]]] = (-1, [])  # the epoch planned last, and its rows
         self._lock = threading.Lock()
@@ -111,7 +111,7 @@ class Schedule:
             return epoch + (step - start) / (self._end(epoch) - start)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the tokens and of what decides their order: equal means equal batches at every step."""
+        """SHA-256 of the tokens and of what decides their order: with as many rows to a batch, equal batches."""
         described = json.dumps([self._order, [source.fingerprint() for source in self._sources]])
         return hashlib.sha256(described.encode()).hexdigest()
 

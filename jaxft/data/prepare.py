@@ -5,8 +5,6 @@ out. Everything happens before the first step, so that every fault in the data i
 on a model.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -85,12 +83,6 @@ class Prepared:
     eval: TokenizedSet
     eval_examples: tuple[Example, ...]
     report: Report
-
-    def fingerprint(self) -> str:
-        """SHA-256 of all tokens, masks and weights. Equal on resume, or the data is not the same."""
-        sets = [examples.fingerprint() for examples in (*self.train, self.eval)]
-        described = json.dumps([sets, self.weights])
-        return hashlib.sha256(described.encode()).hexdigest()
 
 
 def prepare(

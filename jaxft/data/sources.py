@@ -14,7 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxft.redact import redact
+
 TABLES = {".csv": ",", ".tsv": "\t"}
+LONGEST_FIELD = 2**31 - 1  # characters; all that a C long holds everywhere
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", *TABLES)
 
 
@@ -169,6 +172,7 @@ def _record(values: Any, origin: str) -> Record:
 
 
 def _read_table(path: Path, shown: str) -> Iterator[Record]:
+    csv.field_size_limit(LONGEST_FIELD)  # of the process; the default is shorter than a long document
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, delimiter=TABLES[path.suffix], strict=True)
         line = 1
@@ -229,11 +233,11 @@ def _read_hub(path: str, name: str | None, split: str) -> Iterator[Record]:
         rows = datasets.load_dataset(path, name, split=split)
     except Exception as error:
         raise ValueError(
-            f"{path}: no such file, and the hub did not give it: {type(error).__name__}: {error}\n"
+            f"{path}: no such file, and the hub did not give it: {type(error).__name__}: {redact(str(error))}\n"
             f"To use a hub dataset offline, run this where there is a network, then copy data/ and name it:\n"
             f"  python -c 'from datasets import *; load_dataset({_call(path, name, split)})"
             f'.save_to_disk("data")\''
-        ) from error
+        ) from None
     return (Record(values, f"{path}[{split}]:{row}") for row, values in enumerate(rows, 1))
 
 

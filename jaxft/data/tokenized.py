@@ -52,10 +52,6 @@ class TokenizedSet:
         """Tokens of each example, int64[n]."""
         return np.diff(self.offsets)
 
-    def select(self, indices: Iterable[int]) -> Self:
-        """The examples at these indices, in this order."""
-        return self.of(self[index] for index in indices)
-
     def fingerprint(self) -> str:
         """SHA-256 of the tokens, the masks and the borders."""
         digest = hashlib.sha256()

@@ -20,12 +20,19 @@ class Question(NamedTuple):
     reference: str
 
 
-def questions(examples: Sequence[Example], renderer: Renderer, count: int) -> list[Question]:
-    """The first `count` examples that ask something; plain text does not."""
+def questions(examples: Sequence[Example], renderer: Renderer, count: int, positions: int) -> list[Question]:
+    """The first `count` examples that ask something (plain text does not) and leave room to answer.
+
+    Args:
+        positions: of the model; a prompt that takes them all is passed over.
+    """
     asked = []
-    for example in [example for example in examples if not isinstance(example, Text)][:count]:
+    for example in examples:
+        if isinstance(example, Text) or len(asked) == count:
+            continue
         tokens, reference = renderer.prompt(example)
-        asked.append(Question(tokens, _last_words(example), reference))
+        if len(tokens) < positions:
+            asked.append(Question(tokens, _last_words(example), reference))
     return asked
 
 

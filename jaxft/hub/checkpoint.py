@@ -10,8 +10,10 @@ The index and the names of the shards are those of transformers.
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -132,8 +134,7 @@ def write_checkpoint(
     directory = Path(directory)
     if not directory.is_dir():
         raise SafetensorsError(f"{directory}: no such directory")
-    if stale := [entry.name for entry in directory.iterdir() if _belongs(entry.name, stem)]:
-        raise SafetensorsError(f"{directory}: already holds {_a_few(stale)}; remove them or choose another")
+    refuse_weights(directory, stem)
     if not specs:
         raise SafetensorsError(f"{directory}: a checkpoint of no tensors")
     shards: list[dict[str, ArraySpec]] = [{}]
@@ -149,19 +150,37 @@ def write_checkpoint(
     names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [f"{stem}.safetensors"]
-    with tempfile.TemporaryDirectory(prefix=f".{stem}.", suffix=".tmp", dir=directory) as stage:
+    with staged_in(directory) as stage:
         for name, shard in zip(names, shards, strict=True):
-            write_safetensors(Path(stage, name), shard, produce, metadata)
+            write_safetensors(stage / name, shard, produce, metadata)
         if len(shards) > 1:
             weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             names.append(f"{stem}.safetensors.index.json")
-            with atomic_file(Path(stage, names[-1])) as file:
+            with atomic_file(stage / names[-1]) as file:
                 file.write(json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")
-        for name in names:
-            os.replace(Path(stage, name), directory / name)
-    sync_directory(directory)
     return [directory / name for name in names]
+
+
+def refuse_weights(directory: Path, stem: str = "model") -> None:
+    """Raise SafetensorsError where a directory already holds a checkpoint."""
+    if stale := [entry.name for entry in directory.iterdir() if _belongs(entry.name, stem)]:
+        raise SafetensorsError(f"{directory}: already holds {_a_few(stale)}; remove them or choose another")
+
+
+@contextmanager
+def staged_in(directory: Path) -> Iterator[Path]:
+    """A place to write files, which take their place in `directory` when the block ends, and vanish if it fails."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".jaxft.", suffix=".tmp", dir=directory) as name:
+        stage = Path(name)
+        yield stage
+        for entry in sorted(stage.iterdir()):
+            target = directory / entry.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(entry, target)
+    sync_directory(directory)
 
 
 def _read_index(path: Path) -> dict[str, set[str]]:

@@ -29,7 +29,16 @@ from jaxft.sharding.layout import layout_of
 IGNORED = ("rotary_emb.inv_freq",)
 """Endings of tensors that old checkpoints carry and that are derived from the config."""
 
-SAMPLE_BYTES = 4096
+BOOKKEEPING = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+"""Keys of config.json that say nothing about what the model computes."""
+
+DTYPES = ("float32", "bfloat16")
+"""What weights may be stored in, and computed with."""
+
+BELONGS_TO = {"config.json": "a model", "adapter_config.json": "a PEFT adapter"}
+"""What a directory holds that has such a file."""
+
+SAMPLE = 1024  # values
 
 
 def load_model(
@@ -53,8 +62,10 @@ def load_model(
         remat, scan_layers: see `Decoder`.
 
     Raises:
-        ValueError: the directory, its config or its tensors are not what they should be; the message names them.
+        ValueError: another dtype; or the directory, its config or its tensors are not what they should be.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; weights are stored in {' or '.join(DTYPES)} (or see `quantization`)")
     resolved = resolve_model(str(path), revision)
     config = decoder_config(read_json(resolved.path / "config.json"))
     checkpoint = Checkpoint.open(resolved.path)
@@ -115,26 +126,43 @@ def check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
 
 
 def eos_token_ids(directory: Path, tokenizer_eos: int | None) -> list[int]:
-    """Tokens that end a text: those of generation_config.json, else of config.json, and the tokenizer's own."""
+    """Tokens that end a text: those of generation_config.json, else of config.json, and the tokenizer's own.
+
+    Raises:
+        ValueError: a file is damaged, or its `eos_token_id` is neither a token id nor a list of them.
+    """
     found = {tokenizer_eos}
     for name in ("generation_config.json", "config.json"):
         declared = read_json(directory / name).get("eos_token_id") if (directory / name).exists() else None
         if declared is not None:
-            found |= set(declared) if isinstance(declared, list) else {declared}
+            ids = declared if isinstance(declared, list) else [declared]
+            if not all(type(token) is int for token in ids):
+                raise ValueError(
+                    f"{directory / name}: eos_token_id must be a token id or a list of them, not {declared!r}"
+                )
+            found |= set(ids)
             break
     return sorted(found - {None})
 
 
+def config_fingerprint(directory: Path) -> str:
+    """Identifies what config.json says of the computation, not who wrote it or how the weights are stored."""
+    config = {key: value for key, value in read_json(directory / "config.json").items() if key not in BOOKKEEPING}
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Identifies the weights without reading all of them: three samples from each tensor, its start, middle and end."""
+    """Identifies the weights without reading all of them: three samples from each tensor, its start, middle and end.
+
+    The same values in a wider dtype are the same weights.
+    """
     digest = hashlib.sha256()
     for name in sorted(checkpoint.names()):
-        info = checkpoint.info(name)
-        digest.update(f"{name} {info.dtype} {info.shape}".encode())
-        flat = checkpoint.read(name).reshape(-1).view("uint8")
+        digest.update(f"{name} {checkpoint.info(name).shape}".encode())
+        flat = checkpoint.read(name).reshape(-1)
         middle = flat.size // 2
-        for part in (flat[:SAMPLE_BYTES], flat[middle : middle + SAMPLE_BYTES], flat[-SAMPLE_BYTES:]):
-            digest.update(part.tobytes())
+        for part in (flat[:SAMPLE], flat[middle : middle + SAMPLE], flat[-SAMPLE:]):
+            digest.update(part.astype("float32").tobytes())
     return digest.hexdigest()
 
 
@@ -147,7 +175,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; a model directory holds a {path.name}") from None
+        owner = BELONGS_TO.get(path.name)
+        reason = f"; {path.parent} is not the directory of {owner}" if owner else ""
+        raise ValueError(f"{path}: no such file{reason}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):

@@ -6,7 +6,6 @@ change the base) is refused.
 """
 
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from jaxft.adapters.attach import Factors, attach_factors, factors_of, sites
 from jaxft.adapters.targets import OUTPUT_HEAD, LoraConfig
-from jaxft.hub.checkpoint import Checkpoint
+from jaxft.hub.checkpoint import Checkpoint, staged_in
 from jaxft.hub.load import read_json
 from jaxft.hub.safetensors import write_safetensors
 from jaxft.models.decoder import Decoder
@@ -117,7 +116,6 @@ def save_adapter(model: Decoder, directory: str | Path) -> Path:
     if not factors:
         raise ValueError("the model carries no adapter to save")
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for module, parts in factors.items():
         for suffix, part in _PARTS.items():
@@ -126,11 +124,10 @@ def save_adapter(model: Decoder, directory: str | Path) -> Path:
     metadata = {"format": "pt"}
     if model.source is not None:
         metadata[FINGERPRINT] = model.source.fingerprint
-    write_safetensors(directory / f"{TENSOR_STEM}.safetensors", tensors, lambda name: tensors[name], metadata)
     text = json.dumps(_adapter_config(model, factors), indent=2, sort_keys=True) + "\n"
-    temporary = directory / f".{CONFIG_FILE}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, directory / CONFIG_FILE)
+    with staged_in(directory) as stage:
+        write_safetensors(stage / f"{TENSOR_STEM}.safetensors", tensors, lambda name: tensors[name], metadata)
+        (stage / CONFIG_FILE).write_text(text, encoding="utf-8")
     return directory
 
 
@@ -245,7 +242,7 @@ def _check_base(model: Decoder, checkpoint: Checkpoint, directory: Path) -> None
     if recorded and model.source is not None and recorded != model.source.fingerprint:
         raise ValueError(
             f"{directory}: the adapter was trained on other weights than {model.source.name} "
-            "(fingerprints differ); pass check_base=False if the difference is meant"
+            "(fingerprints differ); in Python, load_adapter(..., check_base=False) loads it all the same"
         )
 
 

@@ -29,6 +29,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from jaxft.redact import redact
+
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 _NEVER = (
     "*.bin",
@@ -94,7 +96,7 @@ def _require_repo_id(name: str, path: Path) -> None:
     if path.is_file():
         raise HubError(f"{name} is a file; give the directory that holds config.json and the weights")
     if re.match(r"(https?|hf)://", name):
-        raise HubError(f"{_redact(name)} is a URL; give ORG/NAME")
+        raise HubError(f"{redact(name)} is a URL; give ORG/NAME")
     if not re.fullmatch(r"[^/\\.~][^/\\]*/[^/\\]+", name):
         raise HubError(
             f"no such directory: {name!r} (looked for {path.absolute()}). "
@@ -123,15 +125,4 @@ There is no directory {Path(repo_id).absolute()} either. Without the Hub, on a m
     hf download {repo_id}{at} --local-dir DIR
 bring DIR here, and set
     model_name_or_path: DIR
-The Hub's client said: {type(error).__name__}: {_redact(str(error))}"""
-
-
-def _redact(text: str) -> str:
-    """One line of `text` without tokens, passwords in URLs, or queries of URLs (they sign download links)."""
-    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        if token := os.environ.get(variable):
-            text = text.replace(token, "***")
-    text = re.sub(r"\b(hf|api_org)_[\w.-]{8,}|(?<=Bearer )\S+", "***", text)
-    text = re.sub(r"//[^/@\s]+@", "//***@", text)
-    text = re.sub(r"\?[^\s'\"]+", "?***", text)
-    return " ".join(text.split())[:500]
+The Hub's client said: {type(error).__name__}: {redact(str(error))}"""

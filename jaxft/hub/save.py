@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters.attach import sites
-from jaxft.hub.checkpoint import write_checkpoint
+from jaxft.hub.checkpoint import refuse_weights, staged_in, write_checkpoint
 from jaxft.hub.load import read_json
 from jaxft.models.decoder import Decoder, Parameter, parameters
 from jaxft.quantization.qtensor import QTensor
@@ -55,7 +55,8 @@ def save_model(
     if model.source is None:
         raise ValueError("the model was not read from a directory; there is no config and no tokenizer to write")
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    if directory.is_dir():
+        refuse_weights(directory)
     values = _by_name(model)
     specs = {
         name: jax.ShapeDtypeStruct(parameter.shape, jnp.dtype(dtype or array.dtype))
@@ -66,14 +67,15 @@ def save_model(
         _, array, index = values[name]
         return np.asarray(array if index is None else array[index]).astype(specs[name].dtype)
 
-    write_checkpoint(directory, specs, produce, max_shard_bytes=max_shard_bytes)
     source = Path(model.source.path)
     config = read_json(source / "config.json")
     written = {str(spec.dtype) for spec in specs.values()}
     if len(written) == 1:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = written.pop()
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    copy_companions(source, directory)
+    with staged_in(directory) as stage:
+        write_checkpoint(stage, specs, produce, max_shard_bytes=max_shard_bytes)
+        (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        copy_companions(source, stage)
     return directory
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxft.models.linear import as_stored
+from jaxft.models.linear import as_stored, precision
 
 BLOCK = 256
 """Queries and keys in a block, at most."""
@@ -143,7 +143,7 @@ def _scores(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(subscripts, a, b, precision=precision(a.dtype), preferred_element_type=jnp.float32)
 
 
 def _blocks(length: int, block: int) -> tuple[int, int]:

@@ -269,9 +269,8 @@ class Decoder(nnx.Module):
 
 def project(head: Linear | Embedding, h: jax.Array) -> jax.Array:
     """Logits [..., V] float32 of hidden states [..., D]."""
-    if isinstance(head, Linear) and head.adapter is not None:
-        return head(h).astype(jnp.float32)
-    return head.product(h, jnp.dtype("float32"))
+    out_dtype = jnp.dtype("float32")
+    return head(h, out_dtype=out_dtype) if isinstance(head, Linear) else head.product(h, out_dtype)
 
 
 def _rematerialised(function: Callable, remat: Remat, scanned: bool) -> Callable:

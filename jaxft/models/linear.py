@@ -26,7 +26,9 @@ class Adapter(nnx.Variable):
 class LinearAdapter(Protocol):
     """What a linear layer may carry beside its weight: gives x Wᵀ, adapted, for the linear it sits on."""
 
-    def __call__(self, linear: "Linear", x: jax.Array, key: jax.Array | None) -> jax.Array: ...
+    def __call__(
+        self, linear: "Linear", x: jax.Array, key: jax.Array | None, out_dtype: jnp.dtype | None
+    ) -> jax.Array: ...
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -77,7 +79,14 @@ def as_stored(x: jax.Array) -> jax.Array:
 
 def _contract(a: jax.Array, b: jax.Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -> jax.Array:
     """Contract without transposing either operand: XLA's CPU and GPU kernels take the layouts as they are."""
-    return jax.lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a, b, ((a_axes, b_axes), ((), ())), precision=precision(a.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    """float32 products are float32 on every chip; by default GPUs and TPUs would round their operands."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def _ready(weight: Weight, dtype: jnp.dtype, layout: Layout | None) -> jax.Array:
@@ -101,9 +110,9 @@ class Linear(nnx.Module):
         self.adapter: LinearAdapter | None = nnx.data(None)
         self.layout: Layout | None = None
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """x [..., in] -> [..., out]. `key` turns on the adapter's dropout."""
-        y = self.product(x) if self.adapter is None else self.adapter(self, x, key)
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        """x [..., in] -> [..., out] in x's dtype or `out_dtype`. `key` turns on the adapter's dropout."""
+        y = self.product(x, out_dtype) if self.adapter is None else self.adapter(self, x, key, out_dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def product(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:

@@ -15,7 +15,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """A mesh over all devices. Axes left out have size 1; one axis may be -1 and takes the devices that remain.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices, or do not divide it where one axis is -1.
     """
     devices = jax.devices() if devices is None else list(devices)
     unknown = set(sizes) - set(AXES)
@@ -25,10 +25,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise ValueError(f"mesh: sizes are positive, or -1 on at most one axis; got {dict(sizes)}")
     fixed = math.prod(size for size in shape if size != -1)
+    described = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
     if -1 in shape:
+        if len(devices) % fixed:
+            divisors = [str(size) for size in range(1, len(devices) + 1) if len(devices) % size == 0]
+            raise ValueError(
+                f"mesh: {described}: {fixed} does not divide the number of devices, {len(devices)}; "
+                f"the axes that are not -1 may multiply to {' or '.join(divisors)}"
+            )
         shape[shape.index(-1)] = len(devices) // fixed
     if math.prod(shape) != len(devices):
-        described = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
         raise ValueError(f"mesh: {described} is {math.prod(shape)} devices, but there are {len(devices)}")
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 

@@ -1,8 +1,10 @@
 """What a run needs to know before the first weight is read: mesh, tokenizer, data, order, number of steps."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import jax
 from flax import nnx
@@ -16,16 +18,18 @@ from jaxft.data.loader import Schedule
 from jaxft.data.prepare import Prepared, prepare
 from jaxft.data.tokenized import check_vocabulary
 from jaxft.hub.checkpoint import Checkpoint
-from jaxft.hub.load import check_tensors, describe_model, fingerprint, load_model, read_json
+from jaxft.hub.load import check_tensors, config_fingerprint, describe_model, fingerprint, load_model, read_json
 from jaxft.hub.peft import load_adapter
 from jaxft.hub.resolve import ResolvedModel, resolve_model
-from jaxft.models.config import DecoderConfig, Source
+from jaxft.models.config import DecoderConfig, Rope, Source
 from jaxft.models.decoder import Decoder
 from jaxft.models.families import decoder_config
 from jaxft.models.linear import Adapter
 from jaxft.quantization.formats import parse_format
 from jaxft.quantization.qtensor import Format
 from jaxft.sharding.mesh import batch_ways, make_mesh
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,9 @@ class Inputs:
             "tokenizer": _sha256(f"{tokenizer.backend_tokenizer.to_str()} {specials}"),
             "chat template": _sha256(self.chat_template or ""),
             "base": self.base_fingerprint,
+            "base config": config_fingerprint(self.resolved.path),
+            "adapter to go on from": _digest_of_adapter(self.config.adapter_name_or_path),
+            "rows of a batch": str(self.rows),
         }
 
     def load(self) -> Decoder:
@@ -129,10 +136,15 @@ class Inputs:
         if c.adapter == "none":
             return model
         if c.adapter_name_or_path is None:
-            return jax.eval_shape(lambda base: attach(base, self.lora, jax.random.key(0)), model)
-        name, revision = c.model_name_or_path, self.resolved.revision
-        model.source = Source(name, str(self.resolved.path), revision, self.base_fingerprint)
-        return jax.eval_shape(lambda base: load_adapter(base, c.adapter_name_or_path), model)
+            adapted = jax.eval_shape(lambda base: attach(base, self.lora, jax.random.key(0)), model)
+        else:
+            name, revision = c.model_name_or_path, self.resolved.revision
+            model.source = Source(name, str(self.resolved.path), revision, self.base_fingerprint)
+            adapted = jax.eval_shape(lambda base: load_adapter(base, c.adapter_name_or_path), model)
+        head = adapted.lm_head
+        if head is not None and head.adapter is not None and head.adapter.spec.dropout:
+            raise ValueError("lora_dropout is not applied to lm_head; set it to 0, or target other modules")
+        return adapted
 
 
 def gather(config: Config) -> Inputs:
@@ -157,6 +169,7 @@ def gather(config: Config) -> Inputs:
         seed=config.seed,
     )
     check_vocabulary([*data.train, data.eval], decoder.vocab_size)
+    _check_lengths(data, decoder.rope)
     schedule = Schedule(
         data.train,
         micro_batch_size=config.micro_batch_size * batch_ways(mesh),
@@ -167,7 +180,30 @@ def gather(config: Config) -> Inputs:
         seed=config.seed,
     )
     total_steps = config.max_steps or max(schedule.steps(config.num_train_epochs), 1)
+    if config.warmup_steps >= total_steps:
+        logger.warning(
+            "the peak learning rate is never reached: warmup_steps is %d, and the run has %d steps",
+            config.warmup_steps,
+            total_steps,
+        )
     return Inputs(config, mesh, resolved, decoder, renderer, data, schedule, total_steps)
+
+
+def _check_lengths(data: Prepared, rope: Rope) -> None:
+    """Positions start again with every example of a packed row, so examples are what must fit."""
+    longest = max(int(examples.lengths.max(initial=0)) for examples in (*data.train, data.eval))
+    if longest > rope.max_positions and rope.type != "dynamic":
+        raise ValueError(
+            f"the longest example has {longest} tokens, but the model has {rope.max_positions} positions "
+            f"(max_position_embeddings of its config.json); set `max_length` to {rope.max_positions} or less"
+        )
+
+
+def _digest_of_adapter(directory: str | None) -> str:
+    digest = hashlib.sha256()
+    for path in [] if directory is None else sorted(Path(directory).glob("adapter_*")):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _sha256(text: str) -> str:

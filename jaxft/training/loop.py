@@ -1,5 +1,6 @@
 """The training loop, from the first batch to the last checkpoint. It reads top to bottom."""
 
+import logging
 import math
 import signal
 import threading
@@ -19,12 +20,17 @@ from jaxft.config import Config
 from jaxft.data.loader import Batch, eval_batches, stream
 from jaxft.models.decoder import Decoder
 from jaxft.sharding.mesh import batch_sharding
-from jaxft.training.checkpoint import Checkpoints
+from jaxft.training.checkpoint import CheckpointError, Checkpoints
 from jaxft.training.inputs import Inputs
 from jaxft.training.logging import MetricsLog, Progress
 from jaxft.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxft.training.state import Partition, Trained, TrainState
 from jaxft.training.step import Metrics, initial_state, make_eval_step, make_train_step
+
+SAVE_SECONDS = 600
+"""A run that does not say how often it saves never loses more than this."""
+
+logger = logging.getLogger(__name__)
 
 PREEMPTED = 75
 """Exit code of a run that was told to stop (SIGTERM, SIGINT), saved a checkpoint and can be resumed."""
@@ -144,6 +150,7 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
         log_evaluation(log, progress, 0, evaluate(state.trained))
 
     with StopSignal() as stop:
+        saved = time.monotonic()
         clock, timed, batch = time.monotonic(), 0, None  # since the last line of the log, in this process
         while step < inputs.total_steps and not books.stopped_early:
             batch = place(next(batches)) if batch is None else batch
@@ -190,8 +197,8 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
                 improved = note_evaluation(books, config, step, loss)
                 clock += time.monotonic() - pause
             finished = step == inputs.total_steps or books.stopped_early
-            due = config.save_steps is not None and step % config.save_steps == 0
-            if improved or due or finished or stop.requested:
+            if improved or finished or stop.requested or is_save(inputs, step, time.monotonic() - saved):
+                saved = time.monotonic()
                 checkpoints.save(step, state, asdict(books), keep_as_best=improved)
             if stop.requested and not finished:
                 checkpoints.wait()
@@ -200,7 +207,10 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
     checkpoints.wait()
     exported, exported_step = state, step
     if config.load_best_model_at_end and books.best_step not in (None, step):
-        exported_step, exported, _ = checkpoints.restore(state, books.best_step)
+        try:
+            exported_step, exported, _ = checkpoints.restore(state, books.best_step)
+        except CheckpointError as error:
+            logger.warning("the best step is lost, so the last one, %d, is exported: %s", step, error)
     tuned = partition.join(exported.trained, frozen)
     return Outcome(tuned, state, step, exported_step, books, time.monotonic() - began)
 
@@ -224,6 +234,17 @@ def is_evaluation(inputs: Inputs, step: int) -> bool:
         return True
     if inputs.config.eval_steps is not None:
         return step % inputs.config.eval_steps == 0
+    return ends_epoch(inputs, step)
+
+
+def is_save(inputs: Inputs, step: int, seconds: float) -> bool:
+    """Every `save_steps` updates; or at the end of every epoch, and when the last save is long ago."""
+    if inputs.config.save_steps is not None:
+        return step % inputs.config.save_steps == 0
+    return ends_epoch(inputs, step) or seconds >= SAVE_SECONDS
+
+
+def ends_epoch(inputs: Inputs, step: int) -> bool:
     return math.floor(inputs.schedule.epoch(step)) > math.floor(inputs.schedule.epoch(step - 1))
 
 

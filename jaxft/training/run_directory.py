@@ -29,6 +29,7 @@ FREE_KEYS = {
     "resume_from_checkpoint",
     "logging_steps",
     "report_to",
+    "save_steps",
     "save_total_limit",
     "max_nonfinite_steps",
     "exact_match_samples",
@@ -67,11 +68,6 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
         self.report_file = path / "report.html"
-
-    @property
-    def run_id(self) -> str:
-        """Of the run, the same after a resume."""
-        return self.record["run_id"]
 
     def __enter__(self) -> Self:
         return self
@@ -278,7 +274,8 @@ def _refuse_changes(
         raise RunDirectoryError(
             f"{run.path}: cannot resume, this is not the run that was started there:"
             + "".join(f"\n  {line}" for line in refused)
-            + "\nPut it back as it was, or choose another output_dir for a new run."
+            + "\nPut it back as it was, or choose another output_dir for a new run; "
+            "with adapter_name_or_path it goes on from an adapter."
         )
     for name, old, new in _changes({k: recorded[k] for k in ("versions", "devices")}, _environment()):
         logger.warning("resumed with another %s (%s -> %s): the last bits may differ", name, old, new)

@@ -72,6 +72,36 @@ def formula(weight, x, dropped=None, *, use_rslora=False, use_dora=False) -> np.
     return y + (gain - 1) * (dropped @ weight.T) + gain * change
 
 
+class TestTraced(chex.TestCase):
+    """The layer as it is and compiled."""
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_value_and_gradients(self):
+        def apply(parts, x):
+            return adapted(parts=parts, use_dora=True)(x)
+
+        parts = {name: jnp.asarray(value) for name, value in PARTS.items()}
+        y = self.variant(apply)(parts, jnp.asarray(X))
+        np.testing.assert_allclose(y, formula(W, X, use_dora=True), rtol=1e-5, atol=1e-4)
+        gradients = self.variant(jax.grad(lambda parts, x: jnp.sum(jnp.sin(apply(parts, x)))))(parts, jnp.asarray(X))
+        step = 1e-3 * np.random.default_rng(5).choice([-1.0, 1.0], MAGNITUDE.shape).astype(np.float32)
+        up, down = (
+            np.sin(np.asarray(apply(parts | {"magnitude": MAGNITUDE + sign * step}, jnp.asarray(X)), np.float64)).sum()
+            for sign in (1, -1)
+        )
+        assert (up - down) / 2 == pytest.approx(float(gradients["magnitude"] @ step), rel=1e-2, abs=1e-4)
+
+
+def test_an_adapter_on_the_head_gives_unrounded_logits(random_checkpoint):
+    """In bfloat16, too, logits are float32, as without an adapter."""
+    base = jaxft.load_model(random_checkpoint(MODEL), "bfloat16")
+    tokens = np.arange(8, dtype=np.int32)[None]
+    model = attach(base, LoraConfig(r=2, lora_alpha=4, target_modules=["lm_head"]), jax.random.key(0))
+    chex.assert_trees_all_close(model(tokens), base(tokens), rtol=1e-6)
+    rounded = model(tokens).astype(jnp.bfloat16).astype(jnp.float32)
+    assert (model(tokens) != rounded).mean() > 0.9
+
+
 VARIANTS = {
     "lora": {},
     "rslora": {"use_rslora": True},

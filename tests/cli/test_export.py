@@ -18,6 +18,7 @@ from jaxft.adapters.targets import LoraConfig
 from jaxft.cli import export
 from jaxft.config_file import load_config
 from jaxft.data.chat import CHATML
+from jaxft.hub.load import config_fingerprint
 from jaxft.models.decoder import Decoder
 
 LORA = LoraConfig(r=3, lora_alpha=12)
@@ -88,7 +89,10 @@ def finish(run: Path, model: Decoder, settings: dict, template: str) -> None:
     (run / "config.yaml").write_text(load_config(settings).to_yaml())
     record = {
         "finished": "2025-01-01T00:00:00+00:00",
-        "fingerprints": {"base": model.source.fingerprint},
+        "fingerprints": {
+            "base": model.source.fingerprint,
+            "base config": config_fingerprint(Path(model.source.path)),
+        },
         "chat_template": template,
         "result_sha256": export.digests(run / ("model" if "adapter" in settings else "adapter")),
     }
@@ -318,6 +322,15 @@ def test_refuses_another_base(run, random_checkpoint, tmp_path, capsys):
     edit_config(copy, model_name_or_path=str(random_checkpoint(LLAMA, seed=1)))
     for form in ("peft", "merged"):
         refused(copy, form, tmp_path / form, f"not the weights that {copy} was trained on", capsys)
+
+
+def test_refuses_a_base_whose_config_changed(run, base, tmp_path, capsys):
+    copy, other = Path(shutil.copytree(run, tmp_path / "run")), Path(shutil.copytree(base, tmp_path / "base"))
+    edit_config(copy, model_name_or_path=str(other))
+    edit_json(other / "config.json", transformers_version="9.9")
+    assert main(copy, "peft", tmp_path / "the same") == 0
+    edit_json(other / "config.json", rms_norm_eps=1e-3)
+    refused(copy, "peft", tmp_path / "out", f"not the config.json that {copy} was trained on", capsys)
 
 
 def test_refuses_to_write_over_anything(run, tmp_path, capsys):

@@ -181,6 +181,13 @@ def test_what_is_wrong_is_said_in_a_line(stories, tmp_path, capsys, options, mes
     assert err.count("\n") == 1
 
 
+def test_a_prompt_without_tokens_is_refused_before_weights_are_loaded(chat_model, capsys, monkeypatch):
+    monkeypatch.setattr("jaxft.cli.generate.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    code, out, err = run(capsys, "--model", chat_model(), "--prompt", "the dog", "--prompt", "")
+    assert (code, out) == (2, "")
+    assert err == "error: --prompt '' holds no token to go on from; give it a text\n"
+
+
 @pytest.mark.parametrize("arguments", [[], ["--model", "x"], ["--model", "x", "--prompt", "y", "--dtype", "int3"]])
 def test_a_command_that_cannot_be_read(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

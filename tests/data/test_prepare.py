@@ -123,20 +123,6 @@ def test_weights_are_for_all_sources_or_none(write, renderer):
         prepare([with_weights[0], spec(paths[1])], renderer, max_length=64)
 
 
-def test_fingerprint_sees_the_data(write, renderer):
-    path = write("a.jsonl", *[(f"q{i}", "a") for i in range(10)])
-
-    def fingerprint(**options) -> str:
-        return prepare([spec(path)], renderer, **{"max_length": 64, **options}).fingerprint()
-
-    first = fingerprint()
-    assert fingerprint() == first
-    assert len({first, fingerprint(val_set_size=2), fingerprint(val_set_size=2, seed=1)}) == 3
-    assert fingerprint(assistant_only_loss=False) != first
-    write("a.jsonl", *[(f"q{i}", "a") for i in range(9)], ("q9", "b"))
-    assert fingerprint() != first
-
-
 def test_nothing_to_learn_anywhere(renderer, tmp_path):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
     path = tmp_path / "a.jsonl"

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from scipy.special import softmax
 from scipy.stats import chisquare
 
@@ -15,8 +17,9 @@ from jaxft.adapters.attach import attach, sites
 from jaxft.adapters.targets import LoraConfig
 from jaxft.generation import generate as module
 from jaxft.generation.generate import generate
-from jaxft.models.decoder import modules
-from jaxft.models.placement import place
+from jaxft.models.decoder import Decoder, modules, parameters
+from jaxft.models.placement import bind
+from jaxft.sharding.layout import layout_of
 from jaxft.sharding.mesh import make_mesh
 
 VOCAB = 97
@@ -134,6 +137,15 @@ def test_adapters_and_few_bits(tiny, dtype, quantization, use_dora, tolerance):
         lead = logits.max(axis=1) - np.take_along_axis(logits, np.array(text)[:, None], axis=1)[:, 0]
         assert lead.max() <= tolerance
         assert (logits.max(axis=1) - np.median(logits, axis=1)).min() > 5 * tolerance
+
+
+def place(model: Decoder, mesh: Mesh) -> None:
+    """Move a model onto a mesh and bind it."""
+    bind(model, mesh)
+    for parameter, variable in parameters(model):
+        layout = layout_of(parameter.name, parameter.shape, mesh)
+        spec = layout.stored if parameter.layers is None else P(None, *layout.stored)
+        variable.set_value(jax.device_put(variable.get_value(), NamedSharding(mesh, spec)))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Adapters to and from real PEFT: the same logits on both sides, for every variant; and what is refused."""
 
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -242,6 +244,36 @@ def test_refuses_a_pickle(base, adapter):
         jaxft.load_adapter(jaxft.load_model(base), adapter)
     assert "for name in ['adapter_model.bin']:" in str(error.value)
     assert "save_file(state, 'adapter_model.safetensors', " in str(error.value)
+
+
+@pytest.mark.parametrize("write", ["adapter", "model"])
+def test_a_write_that_fails_leaves_nothing_and_may_be_tried_again(base, adapter, tmp_path, monkeypatch, write):
+    """The disk is full when the config, written after the tensors, is due; what stood there before stays."""
+    target = tmp_path / "out"
+    tuned = jaxft.load_adapter(jaxft.load_model(base), adapter)
+    save = {
+        "adapter": lambda: jaxft.save_adapter(tuned, target),
+        "model": lambda: jaxft.save_model(jaxft.merge_adapter(tuned), target),
+    }[write]
+    target.mkdir()
+    (target / "notes.txt").write_text("mine")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(full))
+        with pytest.raises(OSError, match="No space"):
+            save()
+    assert [path.name for path in target.iterdir()] == ["notes.txt"]
+    save()
+    assert (target / "notes.txt").read_text() == "mine"
+    assert not [path for path in target.iterdir() if path.name.startswith(".")]
+
+
+def test_the_same_weights_in_a_wider_dtype_are_the_same_base(base, adapter, tmp_path):
+    """Those rounded to a narrower one are not."""
+    for dtype in ("bfloat16", "float32"):
+        jaxft.save_model(jaxft.load_model(base, "bfloat16"), tmp_path / dtype, dtype)
+    narrow, wide = (jaxft.load_model(tmp_path / dtype) for dtype in ("bfloat16", "float32"))
+    assert narrow.source.fingerprint == wide.source.fingerprint != jaxft.load_model(base).source.fingerprint
 
 
 def test_second_adapter_and_nothing_to_save(base, adapter):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import jaxft
+from jaxft.models.families import decoder_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -158,3 +159,44 @@ def test_packed_row_equals_its_examples_alone(pair):
         alone = torch_logits(reference, tokens[:, start : start + length])
         np.testing.assert_allclose(packed[:, start : start + length], alone, atol=TOLERANCE, rtol=0)
         start += length
+
+
+def test_no_quantization_is_no_quantization():
+    raw = llama().to_dict()
+    assert decoder_config(raw | {"quantization_config": None}) == decoder_config(raw)
+
+
+ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, "already quantized .quant_method 'awq'"),
+        ({"quantization_config": "awq"}, "already quantized .quant_method 'awq'"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        ({"hidden_size": "abc"}, "'hidden_size' expected int, got str .value: 'abc'"),
+        ({"hidden_size": None}, "'hidden_size' expected int"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"num_key_value_heads": 4}, "num_attention_heads, 6, is not a multiple of num_key_value_heads, 4"),
+        ({"vocab_size": -3}, "vocab_size is -3"),
+        ({"hidden_act": "tanh"}, "hidden_act 'tanh' is not one of"),
+        ({"eos_token_id": "x"}, "'eos_token_id' with value 'x'"),
+        ({"dtype": "nonsense"}, "nonsense"),
+        ({"rope_parameters": "x"}, "'rope_parameters' with value 'x'"),
+        ({"rope_parameters": ROPE | {"rope_type": "spiral"}}, "rope_type 'spiral' is not supported"),
+        ({"rope_parameters": ROPE | {"rope_type": ["yarn"]}}, r"rope_type \['yarn'\] is not supported"),
+        ({"rope_parameters": {k: v for k, v in ROPE.items() if k != "factor"}}, "'yarn': {'factor'}"),
+        ({"rope_parameters": ROPE | {"factor": "4"}}, "factor of the rope must be a positive number, not '4'"),
+        ({"rope_parameters": ROPE | {"rope_theta": "x"}}, "rope_theta of the rope must be a positive number, not 'x'"),
+        ({"rope_parameters": ROPE | {"rope_theta": None}}, "rope_type yarn needs rope_theta"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": None}}, "linear needs factor"),
+        ({"rope_parameters": LONGROPE | {"long_factor": [1, 2]}}, r"long_factor of the rope must be 4 numbers, not \["),
+    ],
+)
+def test_values_that_make_no_decoder(changes, message):
+    raw = llama().to_dict() | changes
+    with pytest.raises(ValueError, match=rf"(?s)^config\.json: .*{message}") as caught:
+        decoder_config(raw)
+    assert "\n" not in str(caught.value)

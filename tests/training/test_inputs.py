@@ -169,8 +169,22 @@ def test_batches_are_as_large_as_the_mesh_is_wide(gathered):
 # Fingerprints
 
 
-@pytest.mark.parametrize("changed", ["data", "held-out data", "tokenizer", "chat template", "base"])
-def test_a_fingerprint_changes_with_what_it_stands_for_alone(gathered, model, data, tmp_path, changed):
+FINGERPRINTS = (
+    "data",
+    "held-out data",
+    "tokenizer",
+    "chat template",
+    "base",
+    "base config",
+    "adapter to go on from",
+    "rows of a batch",
+)
+
+
+@pytest.mark.parametrize("changed", FINGERPRINTS)
+def test_a_fingerprint_changes_with_what_it_stands_for_alone(gathered, model, data, adapter, tmp_path, changed):
+    begun = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    mesh = {"data": 8}
     copy, rows = tmp_path / "model", tmp_path / "chats.jsonl"
     shutil.copytree(model, copy)
     shutil.copyfile(data, rows)
@@ -180,9 +194,11 @@ def test_a_fingerprint_changes_with_what_it_stands_for_alone(gathered, model, da
 
     def fingerprints() -> dict[str, str]:
         settings = {"datasets": [str(rows)], "eval_datasets": [str(held_out)]}
+        settings |= {"adapter_name_or_path": str(begun), "mesh": mesh}
         return gathered(model_name_or_path=str(copy), **settings).fingerprints
 
     before = fingerprints()
+    edit(copy / "config.json", transformers_version="9.9")
     assert fingerprints() == before
     match changed:
         case "data":
@@ -202,7 +218,14 @@ def test_a_fingerprint_changes_with_what_it_stands_for_alone(gathered, model, da
             weights = load_file(copy / "model.safetensors")
             weights["model.layers.1.mlp.up_proj.weight"][-1, -1] += 1
             save_file(weights, copy / "model.safetensors")
+        case "base config":
+            edit(copy / "config.json", rms_norm_eps=1e-3)
+        case "adapter to go on from":
+            edit(begun / "adapter_config.json", lora_alpha=300)
+        case "rows of a batch":
+            mesh = {"data": 4, "tensor": 2}
     after = fingerprints()
+    assert set(before) == set(FINGERPRINTS)
     assert {name for name in before if after[name] != before[name]} == {changed}
 
 
@@ -267,6 +290,41 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(gathered, chat_model,
     small = chat_model(vocab_size=20)
     with pytest.raises(ValueError, match="20"):
         gathered(model_name_or_path=str(small))
+
+
+def chats(path: Path, *lengths: int) -> str:
+    """Conversations of so many words; the chat template and its markers make 8 tokens more of each."""
+    turns = [[("user", "the"), ("assistant", " ".join(["dog"] * (length - 1)))] for length in lengths]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in turns]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("long", ["datasets", "eval_datasets"])
+def test_examples_longer_than_the_model_has_positions(gathered, chat_model, no_weights, tmp_path, packing, long):
+    model = chat_model(max_position_embeddings=30)
+    files = {key: [chats(tmp_path / f"{key}.jsonl", 4, 22)] for key in ("datasets", "eval_datasets")}
+    chats(tmp_path / "eval_datasets.jsonl", 5, 21)
+    options = {"model_name_or_path": str(model), "packing": packing, "max_length": 64}
+    assert gathered(**options, **files).data.report.sources[0].longest == 30
+    chats(tmp_path / f"{long}.jsonl", 6, 23)
+    with pytest.raises(ValueError, match=r"longest example has 31 tokens.*30 positions.*set `max_length` to 30"):
+        gathered(**options, **files)
+    gathered(**options | {"max_length": 30}, **files)
+
+
+def test_dynamic_positions_have_no_end(gathered, chat_model, tmp_path):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = chat_model(max_position_embeddings=30, rope_parameters=rope)
+    gathered(model_name_or_path=str(model), datasets=[chats(tmp_path / "chats.jsonl", 40)])
+
+
+@pytest.mark.parametrize("warmup_steps, warns", [(6, False), (7, True), (100, True)])
+def test_a_peak_that_is_never_reached(gathered, caplog, warmup_steps, warns):
+    assert gathered(warmup_steps=warmup_steps, num_train_epochs=1.0).total_steps == 7
+    told = f"the peak learning rate is never reached: warmup_steps is {warmup_steps}, and the run has 7 steps"
+    assert (told in caplog.text) == warns
 
 
 @pytest.mark.parametrize(

@@ -3,27 +3,33 @@
 import io
 import json
 import math
+import shutil
 import signal
 import threading
 from contextlib import redirect_stdout
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import jaxft
+from jaxft.cli.generate import main as generate_main
 from jaxft.cli.train import main, train
 from jaxft.config import Config
 from jaxft.config_file import load_config
+from jaxft.data.chat import load_tokenizer
 from jaxft.data.loader import Schedule
 from jaxft.data.tokenized import Tokenized, TokenizedSet
 from jaxft.sharding.mesh import make_mesh
 from jaxft.training import inputs as inputs_module
+from jaxft.training.checkpoint import Checkpoints
 from jaxft.training.inputs import gather
 from jaxft.training.logging import read_metrics
-from jaxft.training.loop import Bookkeeping, StopSignal, is_evaluation, note_evaluation
+from jaxft.training.loop import SAVE_SECONDS, Bookkeeping, StopSignal, is_evaluation, is_save, note_evaluation
 from jaxft.training.optimizer import learning_rate_schedule
 
 CANARY = "hf_" + "canary" * 6
@@ -151,7 +157,8 @@ def test_the_directory_of_a_run(whole):
     }
     assert load_config(directory / "config.yaml") == whole.config
     assert {path.name for path in (directory / "adapter").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors")
+        *("adapter_config.json", "adapter_model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
     assert "<html" in (directory / "report.html").read_text()
 
@@ -161,7 +168,7 @@ def test_the_record_of_a_run(whole):
     record, found = json.loads((directory / "run.json").read_text()), losses(directory, "eval_loss")
     assert record["fingerprints"] == inputs.fingerprints
     assert record["chat_template"] == inputs.renderer.tokenizer.chat_template
-    assert record["result_sha256"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    assert record["result_sha256"].keys() == {path.name for path in (whole.result.output_dir / "adapter").iterdir()}
     assert record["data"]["train"] == 48
     assert record["data"]["held_out"] == 8
     assert [(part["format"], part["trained"]) for part in record["parameters"]] == [
@@ -211,10 +218,11 @@ def test_no_token_of_the_environment_is_printed_or_saved(whole):
 # When to evaluate, what is best, when to stop
 
 
-def stub(eval_steps: int | None, lengths=(4,) * 10, total_steps: int = 13) -> SimpleNamespace:
+def stub(eval_steps=None, lengths=(4,) * 10, total_steps: int = 13, save_steps=None) -> SimpleNamespace:
     tokens = TokenizedSet.of([Tokenized(np.arange(n, dtype=np.int32), np.ones(n, bool)) for n in lengths])
     schedule = Schedule([tokens], micro_batch_size=2, max_length=8, packing=False, seed=0)
-    return SimpleNamespace(config=SimpleNamespace(eval_steps=eval_steps), schedule=schedule, total_steps=total_steps)
+    config = SimpleNamespace(eval_steps=eval_steps, save_steps=save_steps)
+    return SimpleNamespace(config=config, schedule=schedule, total_steps=total_steps)
 
 
 @pytest.mark.core
@@ -232,6 +240,16 @@ def stub(eval_steps: int | None, lengths=(4,) * 10, total_steps: int = 13) -> Si
 def test_evaluation_comes_by_steps_or_epochs_and_at_the_end(eval_steps, total_steps, expected):
     inputs = stub(eval_steps, total_steps=total_steps)
     assert [step for step in range(1, total_steps + 1) if is_evaluation(inputs, step)] == expected
+
+
+@pytest.mark.core
+def test_checkpoints_come_by_steps_or_epochs_and_when_the_last_one_is_old():
+    def saves(seconds: float, **settings) -> list[int]:
+        return [step for step in range(1, 14) if is_save(stub(**settings), step, seconds)]
+
+    assert saves(0.0) == [5, 10]  # epochs of five updates
+    assert saves(0.0, save_steps=4) == saves(1e6, save_steps=4) == [4, 8, 12]
+    assert saves(SAVE_SECONDS) == list(range(1, 14))
 
 
 def noted(scores: list[float], patience: int | None) -> tuple[list[bool], Bookkeeping]:
@@ -303,6 +321,25 @@ def test_a_run_stops_early_and_exports_its_best(settings):
     inputs = gather(config)
     seen = sum(int((inputs.schedule[step].segment_ids > 0).sum()) for step in range(result.steps))
     assert final["tokens"] == seen, "of the updates since the last line of the log, too"
+
+
+@pytest.mark.parametrize("fault", ["damaged", "gone"])
+def test_a_lost_best_step_leaves_the_last_one_to_export(settings, monkeypatch, caplog, fault):
+    """The work of the run is not lost with it, and nobody takes the one for the other."""
+    whole = Checkpoints.restore
+
+    def restore(self, template, step=None):
+        if step is not None and fault == "damaged":
+            next((self.directory / str(step) / "manifest").iterdir()).write_text("")
+        elif step is not None:
+            shutil.rmtree(self.directory / str(step))
+        return whole(self, template, step)
+
+    monkeypatch.setattr(Checkpoints, "restore", restore)
+    config = settings(learning_rate=100.0, warmup_steps=3, max_steps=4, eval_steps=1, micro_batch_size=4)
+    result = train(config.model_dump())
+    assert result.metrics["best_step"] < result.metrics["exported_step"] == 4
+    assert "the best step is lost, so the last one, 4, is exported" in caplog.text
 
 
 def test_max_steps_win_over_epochs_and_the_last_weights_may_be_exported(settings):
@@ -381,6 +418,8 @@ def test_full_training_writes_a_model(settings):
     assert before.keys() == after.keys()
     assert all(np.abs(before[name] - after[name]).max() > 1e-4 for name in before)
     assert (result.adapter_dir / "tokenizer.json").exists()
+    stops = json.loads((result.adapter_dir / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [0, 2], "the end of a turn, too"
 
     # Killed between the export and the end, the run is ended by its resumption.
     run = json.loads((result.output_dir / "run.json").read_text())
@@ -390,6 +429,46 @@ def test_full_training_writes_a_model(settings):
     assert again.metrics["state_sha256"] == run["final"]["state_sha256"]
     assert json.loads((result.output_dir / "run.json").read_text())["result_sha256"] == run["result_sha256"]
     np.testing.assert_equal(load_file(again.adapter_dir / "model.safetensors"), after)
+
+
+def test_full_training_in_bfloat16_keeps_what_float32_learned(settings):
+    result = train(settings(adapter="none", dtype="bfloat16", max_steps=1, micro_batch_size=8).model_dump())
+    weights = load_file(result.adapter_dir / "model.safetensors")
+    rounded = {name: np.asarray(jnp.asarray(w, jnp.bfloat16), np.float32) for name, w in weights.items()}
+    assert all(w.dtype == np.float32 and (w != rounded[name]).any() for name, w in weights.items())
+
+
+# What the result is asked with
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_the_result_is_asked_with_the_template_it_was_trained_with(settings, adapter, tmp_path, capsys):
+    """The base has none."""
+    base = Path(shutil.copytree(settings().model_name_or_path, tmp_path / "base"))
+    (base / "chat_template.jinja").unlink()
+    template = "{% for m in messages %}{{ m.role }} <|sep|> {{ m.content }} <|im_end|> {% endfor %}" + (
+        "{% if add_generation_prompt %}assistant <|sep|> {% endif %}"
+    )
+    (tmp_path / "own.jinja").write_text(template)
+    config = settings(
+        model_name_or_path=str(base), chat_template=str(tmp_path / "own.jinja"), adapter=adapter, max_steps=1
+    )
+    result = train(config.model_dump())
+    where = ["--model", base, "--adapter", result.adapter_dir] if adapter == "lora" else ["--model", result.adapter_dir]
+    assert generate_main([*map(str, where), "--chat", "--prompt", "the old dog", "--max-new-tokens", "2"]) == 0
+    assert load_tokenizer(result.adapter_dir).chat_template == template
+
+
+def test_a_question_that_fills_the_model_is_not_asked(settings, tmp_path):
+    """The example is too long to be learned, and is counted; the run goes on without its answer."""
+    config = settings()
+    turns = [{"role": "user", "content": "dog " * 200}, {"role": "assistant", "content": "a cat"}]
+    short = [{"role": "user", "content": "a dog"}, {"role": "assistant", "content": "a cat"}]
+    rows = tmp_path / "held_out.jsonl"
+    rows.write_text("".join(json.dumps({"messages": one}) + "\n" for one in (turns, short)))
+    changes = {"eval_datasets": [str(rows)], "val_set_size": 0, "max_steps": 1, "exact_match_samples": 2}
+    result = train(config.model_dump() | changes)
+    assert result.metrics["exact_match"]["examples"] == 1
 
 
 # Signals

@@ -55,7 +55,7 @@ def test_a_new_run_records_what_it_is(tmp_path):
         assert not run.resumed
         record = json.loads((path / "run.json").read_text())
         assert record["fingerprints"] == FINGERPRINTS
-        assert record["run_id"] == run.run_id
+        assert record["run_id"] == run.record["run_id"]
         assert record["versions"]["jax"] == jax.__version__
         assert record["versions"]["optax"] == optax.__version__
         assert record["versions"]["python"] == sys.version.split()[0]
@@ -74,7 +74,7 @@ def test_a_new_run_records_what_it_is(tmp_path):
         assert after == {**record, "adapter_sha256": "ab", "finished": after["finished"]}
         assert after["finished"] >= record["started"]
     with start(tmp_path / "other") as other:
-        assert other.run_id != record["run_id"]
+        assert other.record["run_id"] != record["run_id"]
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -127,7 +127,7 @@ def test_an_unchanged_run_resumes(tmp_path):
     before = started(tmp_path)
     with start(tmp_path, resume=True, resume_from_checkpoint=True) as run:
         assert run.resumed
-        assert run.run_id == before["run_id"]
+        assert run.record["run_id"] == before["run_id"]
         assert run.record["started"] == before["started"]
         assert len(run.record["resumed"]) == 1
     with start(tmp_path, resume=True) as run:
@@ -159,7 +159,6 @@ def test_a_fingerprint_more_or_less_is_a_change(tmp_path):
         ({"seed": 7}, "seed: 42 -> 7"),
         ({"max_steps": 10}, "max_steps: null -> 10"),
         ({"num_train_epochs": 3.0}, "num_train_epochs: 1.0 -> 3.0"),
-        ({"save_steps": 10}, "save_steps: null -> 10"),
         ({"early_stopping_patience": 2}, "early_stopping_patience: null -> 2"),
         ({"datasets": ["b.jsonl"]}, "datasets.0.path: a.jsonl -> b.jsonl"),
         ({"datasets": ["a.jsonl", "b.jsonl"]}, "datasets.1.path: nothing -> b.jsonl"),
@@ -193,6 +192,7 @@ def test_what_does_not_decide_the_result_may_change(tmp_path, caplog):
         "resume_from_checkpoint": True,
         "logging_steps": 1,
         "report_to": ["wandb"],
+        "save_steps": 10,
         "save_total_limit": 9,
         "max_nonfinite_steps": 50,
         "exact_match_samples": 3,
@@ -261,7 +261,7 @@ def test_resume_before_the_first_checkpoint_starts_again(tmp_path, caplog):
     (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
     with start(tmp_path, resume=True, learning_rate=1e-5) as run:
         assert not run.resumed
-        assert run.run_id != before["run_id"]
+        assert run.record["run_id"] != before["run_id"]
         assert not run.metrics_file.exists()
         assert run.config_file.read_text() == config(learning_rate=1e-5)
     assert "starting from the beginning" in caplog.text

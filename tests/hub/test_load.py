@@ -1,0 +1,52 @@
+"""What is said of a directory or an argument that makes no model."""
+
+import json
+import shutil
+
+import pytest
+
+from jaxft.hub.load import eos_token_ids, load_model, read_json
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "float64", "nonsense"])
+def test_weights_are_stored_in_one_of_two_dtypes(chat_model, dtype):
+    with pytest.raises(ValueError, match=f"dtype is '{dtype}'.* float32 or bfloat16"):
+        load_model(chat_model(), dtype)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("declared", ["x", [0, "x"], 1.5, True, {"id": 1}])
+def test_ids_that_end_a_text_are_numbers(chat_model, tmp_path, name, declared):
+    directory = tmp_path / "model"
+    shutil.copytree(chat_model(), directory)
+    (directory / "generation_config.json").unlink()
+    settings = json.loads((directory / "config.json").read_text()) | {"eos_token_id": declared}
+    (directory / name).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"model/{name}: eos_token_id must be a token id or a list"):
+        eos_token_ids(directory, 3)
+    (directory / name).write_text(json.dumps(settings | {"eos_token_id": [7, 5]}))
+    assert eos_token_ids(directory, 3) == [3, 5, 7]
+    assert eos_token_ids(directory, None) == [5, 7]
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("config.json", "; .*/gone is not the directory of a model"),
+        ("adapter_config.json", "; .*/gone is not the directory of a PEFT adapter"),
+        ("run.json", ""),
+    ],
+)
+def test_a_missing_file_says_what_its_directory_is_not(tmp_path, name, reason):
+    with pytest.raises(ValueError, match=f"gone/{name}: no such file{reason}$"):
+        read_json(tmp_path / "gone" / name)
+
+
+@pytest.mark.parametrize(
+    "data, reason", [(b"{", "not valid JSON"), (b"\xff", "not valid JSON"), (b"[1]", "holds a list, not an object")]
+)
+def test_a_file_that_holds_no_object(tmp_path, data, reason):
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"config\.json: {reason}"):
+        read_json(path)
