@@ -52,7 +52,8 @@ def smollm2(material: Path, request: pytest.FixtureRequest) -> Path:
             pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
         archive, made = next(Path(scratch).glob("*.whl")), Path(scratch) / "made"
         make = [material / "make_smollm2.py", archive, made, "float32"]
-        subprocess.run([sys.executable, *map(str, make)], check=True, capture_output=True)
+        made_it = subprocess.run([sys.executable, *map(str, make)], capture_output=True, text=True)  # takes gguf
+        assert made_it.returncode == 0, made_it.stderr
         if not directory.exists():  # another worker may have been faster
             made.rename(directory)
     return directory

@@ -3,16 +3,21 @@
 Axes: B batch, T queries, S keys, K key-value heads, H head_dim, D hidden.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from jaxft.models.blockwise import Reach, attend
-from jaxft.models.config import DecoderConfig
+from jaxft.models.blockwise import Reach, Rule, attend
+from jaxft.models.config import DecoderConfig, LayerSpec
 from jaxft.models.linear import Linear
-from jaxft.models.norms import RMSNorm
+from jaxft.models.norms import Norm
 from jaxft.models.rope import rotate
+
+Angles = Mapping[str, tuple[jax.Array, jax.Array]]
+"""cos and sin of each of the model's rotary embeddings, by `LayerSpec.rope`."""
 
 
 class LayerCache(NamedTuple):
@@ -23,49 +28,50 @@ class LayerCache(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Self-attention of one layer. Projections are named and laid out as in Hugging Face."""
+    """Self-attention of one layer: `q_proj`, `k_proj`, `v_proj` (or `qkv_proj`, which gives one after the other),
+    `o_proj` and, with `qk_norm`, `q_norm` and `k_norm`. Projections are laid out as in Hugging Face.
+    """
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        q_proj: Linear,
-        k_proj: Linear,
-        v_proj: Linear,
-        o_proj: Linear,
-        q_norm: RMSNorm | None,
-        k_norm: RMSNorm | None,
-        window: int | None,
-    ):
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
-        self.q_norm, self.k_norm = nnx.data(q_norm), nnx.data(k_norm)
-        self.head_dim = config.head_dim
-        self.window = window
+    def __init__(self, config: DecoderConfig, spec: LayerSpec, **parts: Linear | Norm):
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.config, self.spec = config, spec
+        self.rule = Rule(spec.window, config.attention_scale, config.attention_softcap)
 
     def __call__(
         self,
         x: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
+        angles: Angles,
         reach: Reach,
         cache: LayerCache | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, T, D] -> [B, T, D], and the cache with this call's keys and values written at the queries' slots."""
         keys = [None] * 4 if key is None else jax.random.split(key, 4)
-        q, k, v = (
-            self._heads(projection(x, drop))
-            for projection, drop in zip((self.q_proj, self.k_proj, self.v_proj), keys[:3], strict=True)
-        )
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *angles), rotate(k, *angles)
+        q, k, v = self._projections(x, keys[:3])
+        if self.spec.rope is not None:
+            rope = self.config.rope if self.spec.rope == "global" else self.config.local_rope
+            q, k = (rotate(heads, *angles[self.spec.rope], rope.interleaved) for heads in (q, k))
         if cache is not None:
             start = (0, reach.offset, 0, 0)
             cache = LayerCache(
                 *(jax.lax.dynamic_update_slice(c, n.astype(c.dtype), start) for c, n in zip(cache, (k, v), strict=True))
             )
             k, v = (c.astype(x.dtype) for c in cache)
-        out = attend(q, k, v, reach, self.window)
+        out = attend(q, k, v, reach, self.rule)
         return self.o_proj(out.reshape(*x.shape[:2], -1), keys[3]), cache
 
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], -1, self.head_dim)
+    def _projections(self, x: jax.Array, keys: list[jax.Array | None]) -> list[jax.Array]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H], normalised but not yet rotated."""
+        c = self.config
+        if c.fused_qkv:
+            ends = [c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim]
+            qkv = jnp.split(self.qkv_proj(x, keys[0]), ends, axis=-1)
+        else:
+            qkv = [each(x, key) for each, key in zip((self.q_proj, self.k_proj, self.v_proj), keys, strict=True)]
+        if c.qk_norm == "projection":
+            qkv = [self.q_norm(qkv[0]), self.k_norm(qkv[1]), qkv[2]]
+        q, k, v = (part.reshape(*x.shape[:2], -1, c.head_dim) for part in qkv)
+        if c.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return [q, k, v]

@@ -34,11 +34,26 @@ class Reach(NamedTuple):
     key_segments: jax.Array | None  # [B, S] int32
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach, window: int | None, block: int = BLOCK) -> jax.Array:
-    """softmax(q kᵀ / √H) v for q [B, T, N, H], k and v [B, S, K, H]: [B, T, N, H].
+class Rule(NamedTuple):
+    """How queries look at keys, the same for all of them.
+
+    Attributes:
+        window: they see the last `window` keys, their own included.
+        scale: of scores; 1/√H when absent.
+        softcap: c in c tanh(score / c).
+    """
+
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach, rule: Rule, block: int = BLOCK) -> jax.Array:
+    """softmax(scale q kᵀ) v for q [B, T, N, H], k and v [B, S, K, H]: [B, T, N, H].
 
     Scores and softmax are float32. Every query must see at least one key; its own is enough.
     """
+    rule = rule._replace(scale=1 / math.sqrt(q.shape[-1]) if rule.scale is None else rule.scale)
     batch, length, heads, head_dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim)
     q_blocks, k_blocks = _blocks(length, block), _blocks(k.shape[1], block)
@@ -52,24 +67,24 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach, window: int |
         _cut(jnp.moveaxis(k, 1, 2), 2, k_blocks),
         _cut(jnp.moveaxis(v, 1, 2), 2, k_blocks),
         cut,
-        window,
+        rule,
     )
     out = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(batch, -1, heads, head_dim)
     return out[:, :length]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach, window: int | None) -> jax.Array:
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach, rule: Rule) -> jax.Array:
     """q [n, B, K, G, b, H], k and v [m, B, K, b, H], in n and m blocks: [n, B, K, G, b, H]."""
-    return _forward(q, k, v, reach, window)[0]
+    return _forward(q, k, v, reach, rule)[0]
 
 
-def _forward(q, k, v, reach, window):
+def _forward(q, k, v, reach, rule):
     def one_block_of_queries(_, i):
         def fold(j, running):
             highest, total, out = running
-            scores = _scores("bkgqh,bksh->bkgqs", q[i], k[j])
-            scores = jnp.where(_visible(reach, window, q, k, i, j)[:, None, None], scores, HIDDEN)
+            scores = _capped(rule, _product("bkgqh,bksh->bkgqs", q[i], k[j]))
+            scores = jnp.where(_visible(reach, rule.window, q, k, i, j)[:, None, None], scores, HIDDEN)
             new_highest = jnp.maximum(highest, scores.max(axis=-1))
             weights = jnp.exp(scores - new_highest[..., None])
             shrink = jnp.exp(highest - new_highest)
@@ -78,35 +93,37 @@ def _forward(q, k, v, reach, window):
 
         rows = q.shape[1:5]
         start = (jnp.full(rows, HIDDEN), jnp.zeros(rows), jnp.zeros((*rows, q.shape[5])))
-        highest, total, out = jax.lax.fori_loop(*_seen_from(reach, window, q, k, i), fold, start)
+        highest, total, out = jax.lax.fori_loop(*_seen_from(reach, rule.window, q, k, i), fold, start)
         return None, ((out / total[..., None]).astype(q.dtype), highest + jnp.log(total))
 
     _, (out, log_total) = jax.lax.scan(one_block_of_queries, None, jnp.arange(q.shape[0]))
     return out, (q, k, v, reach, out, log_total)
 
 
-def _backward(window, residuals, d_out):
+def _backward(rule, residuals, d_out):
     """Scores are computed as keys x queries, so that each product takes the large operand as it lies."""
     q, k, v, reach, out, log_total = residuals
     along = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [n, B, K, G, b]
-    scale = 1 / math.sqrt(q.shape[-1])
 
     def one_block_of_queries(carry, i):
         def add(j, sums):
             d_q, d_k, d_v = sums
-            scores = _scores("bksh,bkgqh->bksgq", k[j], q[i])
+            scores = _capped(rule, _product("bksh,bkgqh->bksgq", k[j], q[i]))
             weights = jnp.exp(scores - log_total[i][:, :, None])
-            seen = jnp.swapaxes(_visible(reach, window, q, k, i, j), 1, 2)
+            seen = jnp.swapaxes(_visible(reach, rule.window, q, k, i, j), 1, 2)
             weights = jnp.where(seen[:, None, :, None], weights, 0.0)
             d_weights = _product("bksh,bkgqh->bksgq", v[j], d_out[i])
-            d_scores = (weights * (d_weights - along[i][:, :, None]) * scale).astype(q.dtype)
+            d_scores = weights * (d_weights - along[i][:, :, None]) * rule.scale
+            if rule.softcap is not None:
+                d_scores = d_scores * (1 - jnp.square(scores / rule.softcap))
+            d_scores = d_scores.astype(q.dtype)
             d_v = d_v.at[j].add(_product("bksgq,bkgqh->bksh", weights.astype(q.dtype), d_out[i]))
             d_k = d_k.at[j].add(_product("bksgq,bkgqh->bksh", d_scores, q[i]))
             return d_q + _product("bkhs,bksgq->bkhgq", as_stored(jnp.swapaxes(k[j], 2, 3)), d_scores), d_k, d_v
 
         b, heads, groups, size, head_dim = q.shape[1:]
         d_q = jnp.zeros((b, heads, head_dim, groups, size))
-        d_q, d_k, d_v = jax.lax.fori_loop(*_seen_from(reach, window, q, k, i), add, (d_q, *carry))
+        d_q, d_k, d_v = jax.lax.fori_loop(*_seen_from(reach, rule.window, q, k, i), add, (d_q, *carry))
         return (d_k, d_v), jnp.moveaxis(d_q, 2, 4).astype(q.dtype)
 
     start = jnp.zeros(k.shape), jnp.zeros(v.shape)
@@ -138,8 +155,9 @@ def _visible(reach: Reach, window: int | None, q: jax.Array, k: jax.Array, i: ja
     return visible & (reach.query_segments[i][:, :, None] == reach.key_segments[j][:, None, :])
 
 
-def _scores(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return _product(subscripts, a, b) * (1 / math.sqrt(a.shape[-1]))
+def _capped(rule: Rule, products: jax.Array) -> jax.Array:
+    scores = products * rule.scale
+    return scores if rule.softcap is None else rule.softcap * jnp.tanh(scores / rule.softcap)
 
 
 def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -15,7 +15,8 @@ class Rope:
     """Rotary position embedding: base frequency and context-extension method.
 
     `type` and `parameters` are those of Hugging Face's `rope_parameters`
-    (default, linear, dynamic, yarn, longrope, llama3); `max_positions` is `max_position_embeddings`.
+    (default, linear, dynamic, yarn, longrope, llama3); `max_positions` is `max_position_embeddings`. The first `dim`
+    dimensions of a head are rotated; a pair is i and i + dim/2, or 2i and 2i + 1 where `interleaved`.
     """
 
     theta: float
@@ -23,6 +24,17 @@ class Rope:
     max_positions: int
     type: str = "default"
     parameters: tuple[tuple[str, object], ...] = ()
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class BlockNorms:
+    """Names of the norms around the two halves of a layer; None: no norm there."""
+
+    attention_in: str | None = "input_layernorm"
+    attention_out: str | None = None
+    mlp_in: str | None = "post_attention_layernorm"
+    mlp_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,9 +56,15 @@ class Source:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What may differ between layers. `window`: a query sees the last `window` keys, itself included."""
+    """What may differ between layers.
+
+    Attributes:
+        window: a query sees the last `window` keys, itself included.
+        rope: which of the config's rotary embeddings, or none.
+    """
 
     window: int | None = None
+    rope: Literal["global", "local"] | None = "global"
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,21 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and switches of a decoder-only transformer. Names follow Hugging Face where they agree."""
+    """Sizes and switches of a decoder-only transformer. Names follow Hugging Face where they agree.
+
+    Attributes:
+        norm: rms; rms_offset, whose weight is stored less one; or layer, which subtracts the mean, with a bias or not.
+        block_norms: where a layer has norms, and what they are called.
+        parallel: attention and feed-forward both start from the layer's input; without a norm of its own the
+            feed-forward starts from attention's.
+        qk_norm: queries and keys are normalised, each head by itself or the whole projection at once.
+        fused_qkv, fused_gate_up: one projection where others have three or two.
+        gated_mlp: down(act(gate(x)) * up(x)), else down(act(up(x))).
+        attention_scale: of scores; 1/√head_dim when absent.
+        attention_softcap, logits_softcap: c tanh(x / c) of scores and of logits.
+        embedding_scale, residual_scale, logits_scale: factors on embeddings, on what a half of a layer adds, on logits.
+        local_rope: of the layers whose spec asks for it.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -80,8 +112,21 @@ class DecoderConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["head", "projection"] | None = None
     tie_word_embeddings: bool = False
+    norm: Literal["rms", "rms_offset", "layer", "layer_bias"] = "rms"
+    block_norms: BlockNorms = BlockNorms()
+    parallel: bool = False
+    fused_qkv: bool = False
+    fused_gate_up: bool = False
+    gated_mlp: bool = True
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
+    local_rope: Rope | None = None
 
     @cached_property
     def groups(self) -> tuple[LayerGroup, ...]:

@@ -17,12 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxft.models.attention import Attention, LayerCache
+from jaxft.models.attention import LayerCache
 from jaxft.models.blockwise import Reach
 from jaxft.models.config import DecoderConfig, LayerSpec, Source
+from jaxft.models.layer import Layer, norm
 from jaxft.models.linear import Linear, Weight, matmul
-from jaxft.models.mlp import MLP
-from jaxft.models.norms import RMSNorm
 from jaxft.models.rope import rotary_angles
 from jaxft.sharding.layout import Layout
 
@@ -65,55 +64,6 @@ class Cache(NamedTuple):
     length: jax.Array  # tokens written, int32 scalar
 
 
-class Layer(nnx.Module):
-    """Pre-norm residual block: attention, then feed-forward."""
-
-    def __init__(self, config: DecoderConfig, spec: LayerSpec, make: Callable[..., Weight]):
-        c = config
-
-        def linear(name: str, features_out: int, features_in: int, bias: bool) -> Linear:
-            return Linear(
-                make(f"{name}.weight", features_out, features_in),
-                make(f"{name}.bias", features_out) if bias else None,
-            )
-
-        def norm(name: str, size: int) -> RMSNorm:
-            return RMSNorm(make(f"{name}.weight", size), c.norm_eps)
-
-        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        self.input_layernorm = norm("input_layernorm", c.hidden_size)
-        self.self_attn = Attention(
-            c,
-            q_proj=linear("self_attn.q_proj", q_size, c.hidden_size, c.qkv_bias),
-            k_proj=linear("self_attn.k_proj", kv_size, c.hidden_size, c.qkv_bias),
-            v_proj=linear("self_attn.v_proj", kv_size, c.hidden_size, c.qkv_bias),
-            o_proj=linear("self_attn.o_proj", c.hidden_size, q_size, c.o_bias),
-            q_norm=norm("self_attn.q_norm", c.head_dim) if c.qk_norm else None,
-            k_norm=norm("self_attn.k_norm", c.head_dim) if c.qk_norm else None,
-            window=spec.window,
-        )
-        self.post_attention_layernorm = norm("post_attention_layernorm", c.hidden_size)
-        self.mlp = MLP(
-            gate_proj=linear("mlp.gate_proj", c.intermediate_size, c.hidden_size, c.mlp_bias),
-            up_proj=linear("mlp.up_proj", c.intermediate_size, c.hidden_size, c.mlp_bias),
-            down_proj=linear("mlp.down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias),
-            activation=c.activation,
-        )
-
-    def __call__(
-        self,
-        h: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        reach: Reach,
-        cache: LayerCache | None,
-        key: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        mixed, cache = self.self_attn(self.input_layernorm(h), angles, reach, cache, attention_key)
-        h = h + mixed
-        return h + self.mlp(self.post_attention_layernorm(h), mlp_key), cache
-
-
 class Embedding(nnx.Module):
     """Rows of `weight` [V, D]."""
 
@@ -147,7 +97,11 @@ class Body(nnx.Module):
             nnx.List(layer(spec, group.layers_at(position)) for position, spec in enumerate(group.pattern))
             for group in config.groups
         )
-        self.norm = RMSNorm(make(Parameter("model.norm.weight", (config.hidden_size,))), config.norm_eps)
+
+        def outside(name: str, *shape: int) -> Weight:
+            return make(Parameter(f"model.{name}", shape))
+
+        self.norm = norm(config, outside, "norm", config.hidden_size)
 
 
 class Decoder(nnx.Module):
@@ -235,13 +189,17 @@ class Decoder(nnx.Module):
 
     def unembed(self, h: jax.Array) -> jax.Array:
         """Logits [..., V] float32 of hidden states [..., D]."""
-        return project(self.head, h)
+        return project(self.config, self.head, h)
 
     def _run(self, tokens, positions, reach, caches, key):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        angles = rotary_angles(self.config.rope, positions)
-        h = self._constrained(self.model.embed_tokens(tokens, self.dtype))
+        c = self.config
+        used = {spec.rope for spec in c.layers}
+        ropes = {"global": c.rope, "local": c.local_rope}
+        angles = {name: rotary_angles(rope, positions) for name, rope in ropes.items() if name in used}
+        h = self.model.embed_tokens(tokens, self.dtype)
+        h = self._constrained(h * jnp.asarray(c.embedding_scale, self.dtype))
         new_caches = []
         for index, (group, stacks) in enumerate(zip(self.config.groups, self.model.layers, strict=True)):
 
@@ -267,10 +225,13 @@ class Decoder(nnx.Module):
         return h if self.activations is None else jax.lax.with_sharding_constraint(h, self.activations)
 
 
-def project(head: Linear | Embedding, h: jax.Array) -> jax.Array:
+def project(config: DecoderConfig, head: Linear | Embedding, h: jax.Array) -> jax.Array:
     """Logits [..., V] float32 of hidden states [..., D]."""
     out_dtype = jnp.dtype("float32")
-    return head(h, out_dtype=out_dtype) if isinstance(head, Linear) else head.product(h, out_dtype)
+    logits = head(h, out_dtype=out_dtype) if isinstance(head, Linear) else head.product(h, out_dtype)
+    logits = logits if config.logits_scale == 1 else logits * config.logits_scale
+    cap = config.logits_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _rematerialised(function: Callable, remat: Remat, scanned: bool) -> Callable:
@@ -300,7 +261,7 @@ def initialize(config: DecoderConfig, key: jax.Array, dtype: jnp.dtype = jnp.flo
         if parameter.name.endswith("bias"):
             return jnp.zeros(shape, jnp.float32)
         if len(parameter.shape) == 1:
-            return jnp.ones(shape, jnp.float32)
+            return jnp.full(shape, 0.0 if config.norm == "rms_offset" else 1.0, jnp.float32)
         key, subkey = jax.random.split(key)
         return scale * jax.random.normal(subkey, shape, jnp.float32)
 

@@ -1,11 +1,14 @@
 """From a Hugging Face config.json to a `DecoderConfig`. A family is one function here."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from jaxft.models.config import DecoderConfig, LayerSpec, Rope
+from jaxft.models.config import BlockNorms, DecoderConfig, LayerSpec
+from jaxft.models.rope_config import parse_rope
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -67,40 +70,140 @@ def _reason(error: Exception) -> str:
 
 
 def _llama(hf: PreTrainedConfig) -> DecoderConfig:
-    bias = hf.attention_bias
-    return _shared(hf, qkv_bias=bias, o_bias=bias, mlp_bias=hf.mlp_bias)
+    return _shared(hf, **_biases(hf), mlp_bias=hf.mlp_bias)
 
 
 def _mistral(hf: PreTrainedConfig) -> DecoderConfig:
-    return _shared(hf, windows=[hf.sliding_window] * hf.num_hidden_layers)
+    return _shared(hf, layers=(LayerSpec(hf.sliding_window),) * hf.num_hidden_layers)
 
 
 def _qwen2(hf: PreTrainedConfig) -> DecoderConfig:
-    return _shared(hf, qkv_bias=True, windows=_typed_windows(hf))
+    return _shared(hf, qkv_bias=True, layers=_typed_layers(hf))
 
 
 def _qwen3(hf: PreTrainedConfig) -> DecoderConfig:
-    bias = hf.attention_bias
-    return _shared(hf, qkv_bias=bias, o_bias=bias, qk_norm=True, windows=_typed_windows(hf))
+    return _shared(hf, **_biases(hf), qk_norm="head", layers=_typed_layers(hf))
+
+
+def _smollm3(hf: PreTrainedConfig) -> DecoderConfig:
+    layers = tuple(
+        replace(spec, rope="global" if turns else None)
+        for spec, turns in zip(_typed_layers(hf), hf.no_rope_layers, strict=True)
+    )
+    return _shared(hf, **_biases(hf), mlp_bias=hf.mlp_bias, layers=layers)
+
+
+def _gemma(hf: PreTrainedConfig, **more: Any) -> DecoderConfig:
+    return _shared(hf, **_biases(hf), norm="rms_offset", embedding_scale=hf.hidden_size**0.5, **more)
+
+
+_SANDWICH = BlockNorms(
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)
+
+
+def _gemma2(hf: PreTrainedConfig, **more: Any) -> DecoderConfig:
+    return _gemma(
+        hf,
+        block_norms=_SANDWICH,
+        attention_scale=hf.query_pre_attn_scalar**-0.5,
+        logits_softcap=hf.final_logit_softcapping,
+        **{"layers": _typed_layers(hf), "attention_softcap": hf.attn_logit_softcapping} | more,
+    )
+
+
+def _gemma3(hf: PreTrainedConfig) -> DecoderConfig:
+    if hf.use_bidirectional_attention:
+        raise ValueError("config.json: use_bidirectional_attention is set; only causal models can be trained")
+    # Its config has an attention softcap, too, but no code that applies it.
+    layers = _typed_layers(hf, sliding_rope="local")
+    return _gemma2(hf, qk_norm="head", layers=layers, attention_softcap=None)
+
+
+def _granite(hf: PreTrainedConfig) -> DecoderConfig:
+    return _shared(
+        hf,
+        **_biases(hf),
+        mlp_bias=hf.mlp_bias,
+        attention_scale=float(hf.attention_multiplier),
+        embedding_scale=float(hf.embedding_multiplier),
+        residual_scale=float(hf.residual_multiplier),
+        logits_scale=1 / hf.logits_scaling,
+    )
+
+
+def _olmo2(hf: PreTrainedConfig, **more: Any) -> DecoderConfig:
+    after = BlockNorms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+    return _shared(hf, **_biases(hf), qk_norm="projection", block_norms=after, **more)
+
+
+def _olmo3(hf: PreTrainedConfig) -> DecoderConfig:
+    return _olmo2(hf, layers=_typed_layers(hf, sliding_rope="local"))
+
+
+def _cohere2(hf: PreTrainedConfig) -> DecoderConfig:
+    layers = tuple(replace(spec, rope=spec.window and "global") for spec in _typed_layers(hf))
+    return _shared(
+        hf,
+        **_biases(hf),
+        norm="layer",
+        norm_eps=hf.layer_norm_eps,
+        block_norms=BlockNorms("input_layernorm", None, None, None),
+        parallel=True,
+        logits_scale=hf.logit_scale,
+        interleaved=True,
+        layers=layers,
+    )
+
+
+def _glm4(hf: PreTrainedConfig) -> DecoderConfig:
+    norms = BlockNorms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+    return _shared(hf, qkv_bias=hf.attention_bias, block_norms=norms, fused_gate_up=True, interleaved=True)
+
+
+def _phi3(hf: PreTrainedConfig) -> DecoderConfig:
+    layers = (LayerSpec(hf.sliding_window),) * hf.num_hidden_layers
+    return _shared(hf, fused_qkv=True, fused_gate_up=True, layers=layers)
 
 
 FAMILIES: dict[str, Callable[[PreTrainedConfig], DecoderConfig]] = {
+    "cohere2": _cohere2,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "glm4": _glm4,
+    "granite": _granite,
     "llama": _llama,
     "mistral": _mistral,
+    "olmo2": _olmo2,
+    "olmo3": _olmo3,
+    "phi3": _phi3,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "smollm3": _smollm3,
 }
 
 
-def _shared(hf: PreTrainedConfig, *, windows: list[int | None] | None = None, **switches: bool) -> DecoderConfig:
-    if hf.hidden_act not in _ACTIVATIONS:
-        raise ValueError(f"config.json: hidden_act {hf.hidden_act!r} is not one of {', '.join(_ACTIVATIONS)}")
+def _shared(
+    hf: PreTrainedConfig,
+    *,
+    layers: tuple[LayerSpec, ...] | None = None,
+    norm_eps: float | None = None,
+    interleaved: bool = False,
+    **more: Any,
+) -> DecoderConfig:
+    """What nearly all families name alike, and `more` fields of `DecoderConfig`."""
+    activation = getattr(hf, "hidden_activation", None) or hf.hidden_act
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"config.json: hidden_act {activation!r} is not one of {', '.join(_ACTIVATIONS)}")
     if hf.num_attention_heads % hf.num_key_value_heads:
         raise ValueError(
             f"config.json: num_attention_heads, {hf.num_attention_heads}, is not a multiple of "
             f"num_key_value_heads, {hf.num_key_value_heads}"
         )
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    by_type = "full_attention" in hf.rope_parameters
+    rope = partial(parse_rope, head_dim=head_dim, max_positions=hf.max_position_embeddings, interleaved=interleaved)
     return DecoderConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
@@ -108,52 +211,21 @@ def _shared(hf: PreTrainedConfig, *, windows: list[int | None] | None = None, **
         num_heads=hf.num_attention_heads,
         num_kv_heads=hf.num_key_value_heads,
         head_dim=head_dim,
-        layers=tuple(LayerSpec(window) for window in windows or [None] * hf.num_hidden_layers),
-        rope=_rope(hf, head_dim),
-        norm_eps=hf.rms_norm_eps,
-        activation=_ACTIVATIONS[hf.hidden_act],
+        layers=layers or (LayerSpec(),) * hf.num_hidden_layers,
+        rope=rope(hf.rope_parameters["full_attention"] if by_type else hf.rope_parameters),
+        local_rope=rope(hf.rope_parameters["sliding_attention"]) if by_type else None,
+        norm_eps=hf.rms_norm_eps if norm_eps is None else norm_eps,
+        activation=_ACTIVATIONS[activation],
         tie_word_embeddings=hf.tie_word_embeddings,
-        **switches,
+        **more,
     )
 
 
-def _typed_windows(hf: PreTrainedConfig) -> list[int | None]:
-    return [hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types]
+def _biases(hf: PreTrainedConfig) -> dict[str, bool]:
+    return {"qkv_bias": hf.attention_bias, "o_bias": hf.attention_bias}
 
 
-_ORIGINAL = "original_max_position_embeddings"
-_ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # those it needs, those it may have
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "dynamic": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL), ()),
-    "yarn": (
-        (_ORIGINAL,),
-        ("factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"),
-    ),
-    "longrope": (("long_factor", "short_factor", _ORIGINAL), ("factor", "attention_factor")),
-}
-
-
-def _rope(hf: PreTrainedConfig, head_dim: int) -> Rope:
-    given = {key: value for key, value in hf.rope_parameters.items() if value is not None}
-    kind = given.get("rope_type", "default")
-    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
-        raise ValueError(f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(_ROPE_KEYS)}")
-    needed, optional = _ROPE_KEYS[kind]
-    for key in ("rope_theta", *needed):
-        if key not in given:
-            raise ValueError(f"config.json: rope_type {kind} needs {key}")
-    kept = {key: given[key] for key in needed + optional if key in given}
-    for key, value in {"rope_theta": given["rope_theta"], **kept}.items():
-        if key in ("long_factor", "short_factor"):
-            if not isinstance(value, list) or len(value) != head_dim // 2 or not all(map(_is_number, value)):
-                raise ValueError(f"config.json: {key} of the rope must be {head_dim // 2} numbers, not {value!r}")
-        elif not _is_number(value) or (key in ("rope_theta", "factor") and value <= 0):
-            raise ValueError(f"config.json: {key} of the rope must be a positive number, not {value!r}")
-    frozen = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in kept.items())
-    return Rope(float(given["rope_theta"]), head_dim, hf.max_position_embeddings, kind, frozen)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
+def _typed_layers(hf: PreTrainedConfig, sliding_rope: Literal["global", "local"] = "global") -> tuple[LayerSpec, ...]:
+    """Layers of `layer_types`: those that slide have a window, and in some families a rotary embedding of their own."""
+    sliding = LayerSpec(hf.sliding_window, sliding_rope)
+    return tuple(sliding if kind == "sliding_attention" else LayerSpec() for kind in hf.layer_types)

@@ -1,4 +1,4 @@
-"""The gated feed-forward block (arXiv 2002.05202): down(act(gate(x)) * up(x))."""
+"""The feed-forward block: down(act(gate(x)) * up(x)) (arXiv 2002.05202), or down(act(up(x)))."""
 
 from functools import partial
 
@@ -17,15 +17,24 @@ ACTIVATIONS = {
 
 
 class MLP(nnx.Module):
-    def __init__(self, gate_proj: Linear, up_proj: Linear, down_proj: Linear, activation: str):
-        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+    """Takes `gate_proj` and `up_proj`, or `gate_up_proj` that gives first the one and then the other, or no gate."""
+
+    def __init__(self, activation: str, down_proj: Linear, **projections: Linear):
+        for name, projection in projections.items():
+            setattr(self, name, projection)
+        self.down_proj = down_proj
         self.activation = activation
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """x [..., D] -> [..., D]."""
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
-        gated = _gated(self.gate_proj(x, keys[0]), self.up_proj(x, keys[1]), self.activation)
-        return self.down_proj(gated, keys[2])
+        if hasattr(self, "gate_up_proj"):
+            inner = _gated(*jnp.split(self.gate_up_proj(x, keys[0]), 2, axis=-1), self.activation)
+        elif hasattr(self, "gate_proj"):
+            inner = _gated(self.gate_proj(x, keys[0]), self.up_proj(x, keys[1]), self.activation)
+        else:
+            inner = ACTIVATIONS[self.activation](self.up_proj(x, keys[1]))
+        return self.down_proj(inner, keys[2])
 
 
 @partial(jax.checkpoint, static_argnums=2, prevent_cse=False)

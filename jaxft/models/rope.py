@@ -1,9 +1,9 @@
-"""Rotary position embedding in Hugging Face's half-rotation layout, with every context-extension method.
+"""Rotary position embedding in halves, as Hugging Face has it, or interleaved, with every context-extension method.
 
 Sources: RoFormer (arXiv 2104.09864); position interpolation (2306.15595); dynamic NTK (reddit bloc97, as in
 transformers); YaRN (2309.00071); LongRoPE (2402.13753); Llama 3.1's frequency-dependent scaling.
 
-Axes: B batch, T tokens, N heads, H head_dim.
+Axes: B batch, T tokens, N heads, H head_dim, R dimensions that turn.
 """
 
 import math
@@ -16,7 +16,7 @@ from jaxft.models.config import Rope
 
 
 def rotary_angles(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, each [B, T, H/2] float32, for integer positions [B, T].
+    """cos and sin, each [B, T, R/2] float32, for integer positions [B, T].
 
     `dynamic` and `longrope` choose their frequencies by the longest position in the batch, as transformers does.
     """
@@ -25,15 +25,22 @@ def rotary_angles(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Arra
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate x [B, T, N, H]; dimension i is paired with i + H/2. cos and sin are [B, T, H/2]."""
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
+    """Rotate the first R dimensions of x [B, T, N, H], in pairs; cos and sin are [B, T, R/2]. See `Rope`."""
     cos, sin = cos[:, :, None].astype(x.dtype), sin[:, :, None].astype(x.dtype)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turning, still = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+    if interleaved:
+        first, second = turning[..., ::2], turning[..., 1::2]
+    else:
+        first, second = jnp.split(turning, 2, axis=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    if interleaved:
+        return jnp.concatenate([jnp.stack(turned, axis=-1).reshape(turning.shape), still], axis=-1)
+    return jnp.concatenate([*turned, still], axis=-1)
 
 
 def _frequencies(rope: Rope, length: jax.Array) -> tuple[jax.Array, float]:
-    """Inverse frequencies [H/2] and the factor on cos and sin, for a sequence of `length` tokens."""
+    """Inverse frequencies [R/2] and the factor on cos and sin, for a sequence of `length` tokens."""
     p = dict(rope.parameters)
     exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
     plain = np.float32(1) / np.float32(rope.theta) ** exponents

@@ -39,7 +39,7 @@ def loss_sum(
     graph, trained, frozen = nnx.split(model.head, trained_type, ...)
 
     def unembed(trained, frozen, h):
-        return project(nnx.merge(graph, trained, frozen), h)
+        return project(model.config, nnx.merge(graph, trained, frozen), h)
 
     total = cross_entropy(unembed, trained, frozen, hidden, targets, weights, model.config.vocab_size)
     return total, weights.sum()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.models.blockwise import Reach, attend
+from jaxft.models.blockwise import Reach, Rule, attend
 
 
 def plain(q, k, v, reach, window):
@@ -49,7 +49,7 @@ def test_values_and_gradients(length, heads, kv_heads, head_dim, block, segmente
     segments = packed(2, length) if segmented else None
     reach = Reach(jnp.int32(0), segments, segments)
 
-    out, pull = jax.vjp(lambda *qkv: attend(*qkv, reach, window, block), q, k, v)
+    out, pull = jax.vjp(lambda *qkv: attend(*qkv, reach, Rule(window), block), q, k, v)
     expected, expected_pull = jax.vjp(lambda *qkv: plain(*qkv, reach, window), q, k, v)
     # Scores reach 50, and float32 rounds their exponentials by 50 times 6e-8.
     chex.assert_trees_all_close(out, expected, atol=5e-6, rtol=5e-6)
@@ -65,7 +65,8 @@ def test_queries_in_the_middle_of_a_cache(offset, length, window):
     written = jnp.where(jnp.arange(48) < offset + length, packed(2, 48), -1)
     reach = Reach(jnp.int32(offset), written[:, offset : offset + length], written)
     rubbish = jnp.where((jnp.arange(48) < offset + length)[None, :, None, None], 0.0, 1e4)
-    out = jax.jit(lambda offset: attend(q, k + rubbish, v + rubbish, reach._replace(offset=offset), window, 16))(offset)
+    fouled = k + rubbish, v + rubbish
+    out = jax.jit(lambda offset: attend(q, *fouled, reach._replace(offset=offset), Rule(window), 16))(offset)
     chex.assert_trees_all_close(out, plain(q, k, v, reach, window), atol=2e-6, rtol=2e-6)
 
 
@@ -81,7 +82,7 @@ def test_bfloat16_runs_in_every_shape(length, heads, kv_heads, block):
 
     @jax.jit
     def both(q, k, v, d_out):
-        out, pull = jax.vjp(lambda *qkv: attend(*qkv, reach, None, block), q, k, v)
+        out, pull = jax.vjp(lambda *qkv: attend(*qkv, reach, Rule(), block), q, k, v)
         return out, pull(d_out)
 
     wide = [x.astype(jnp.float32) for x in (q, k, v, d_out)]
@@ -100,7 +101,7 @@ def test_scores_of_whole_rows_are_never_held():
     q, k, v, _ = draw(0, 1, length, 2, 1, 8)
 
     def loss(q, k, v):
-        return attend(q, k, v, Reach(jnp.int32(0), None, None), None, block).sum()
+        return attend(q, k, v, Reach(jnp.int32(0), None, None), Rule(), block).sum()
 
     text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile().as_text()
     sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\w+\[(\d+(?:,\d+)*)\]", text)]

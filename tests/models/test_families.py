@@ -94,6 +94,108 @@ CONFIGS = {
 }
 
 
+HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
+LONGROPE_HALF = LONGROPE | dict(short_factor=[1.0, 1.5], long_factor=[2.0, 5.0], partial_rotary_factor=0.5)
+
+
+def typed(*kinds: str) -> dict:
+    """As many layers as letters: s slides, f sees everything."""
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    return dict(layer_types=[names[kind] for kind in "".join(kinds)], num_hidden_layers=len("".join(kinds)))
+
+
+def by_type(full: dict, sliding: dict) -> dict:
+    return dict(rope_parameters={"full_attention": full, "sliding_attention": sliding})
+
+
+def gemma(**kwargs):
+    return transformers.GemmaConfig(**(SMALL | HEADS | dict(head_dim=12) | kwargs))
+
+
+def gemma2(**kwargs):
+    return transformers.Gemma2Config(
+        **(SMALL | HEADS | dict(head_dim=12, sliding_window=7, query_pre_attn_scalar=60) | kwargs)
+    )
+
+
+def gemma3(**kwargs):
+    basics = SMALL | HEADS | dict(head_dim=12, sliding_window=7, query_pre_attn_scalar=20)
+    return transformers.Gemma3TextConfig(**(basics | kwargs))
+
+
+def granite(**kwargs):
+    scales = dict(attention_multiplier=0.2, embedding_multiplier=1.7, residual_multiplier=0.6, logits_scaling=1.3)
+    return transformers.GraniteConfig(**(SMALL | HEADS | scales | kwargs))
+
+
+def smollm3(**kwargs):
+    return transformers.SmolLM3Config(**(SMALL | HEADS | dict(num_hidden_layers=5, pad_token_id=0) | kwargs))
+
+
+def olmo2(**kwargs):
+    return transformers.Olmo2Config(**(SMALL | HEADS | kwargs))
+
+
+def olmo3(**kwargs):
+    return transformers.Olmo3Config(**(SMALL | HEADS | dict(sliding_window=7) | typed("sfsfs") | kwargs))
+
+
+def cohere2(**kwargs):
+    basics = SMALL | HEADS | dict(sliding_window=7, logit_scale=0.7) | typed("ssfs")
+    return transformers.Cohere2Config(**(basics | kwargs))
+
+
+def glm4(**kwargs):
+    rope = dict(rope_type="default", rope_theta=100.0, partial_rotary_factor=0.5)
+    basics = SMALL | HEADS | dict(head_dim=12, rope_parameters=rope, pad_token_id=0)
+    return transformers.Glm4Config(**(basics | kwargs))
+
+
+def phi3(**kwargs):
+    return transformers.Phi3Config(**(SMALL | HEADS | dict(pad_token_id=0) | kwargs))
+
+
+CONFIGS |= {
+    "gemma": gemma(),
+    "gemma-one-kv-head": gemma(num_key_value_heads=1, attention_bias=True, hidden_act="gelu"),
+    "gemma-untied": gemma(tie_word_embeddings=False, rms_norm_eps=1e-3),
+    "gemma2": gemma2(attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma2-uncapped": gemma2(attn_logit_softcapping=None, final_logit_softcapping=None, **typed("ffs")),
+    "gemma2-biases": gemma2(attention_bias=True, attn_logit_softcapping=5.0, **typed("sfssf")),
+    "gemma3": gemma3(
+        **typed("ssfssf"),
+        **by_type(dict(rope_type="linear", factor=4.0, rope_theta=1e4), dict(rope_type="default", rope_theta=50.0)),
+    ),
+    "gemma3-all-local": gemma3(**typed("sss"), attn_logit_softcapping=3.0, final_logit_softcapping=5.0),
+    "gemma3-untied": gemma3(**typed("fs"), attention_bias=True, tie_word_embeddings=False),
+    "granite": granite(),
+    "granite-tied-biases": granite(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "granite-llama3-rope": granite(rope_parameters=LLAMA3, num_key_value_heads=4),
+    "smollm3": smollm3(),
+    "smollm3-sliding": smollm3(
+        use_sliding_window=True, sliding_window=6, no_rope_layers=[0, 1, 1, 0, 1], **typed("sfssf")
+    ),
+    "smollm3-untied-biases": smollm3(
+        tie_word_embeddings=False, attention_bias=True, mlp_bias=True, no_rope_layer_interval=2
+    ),
+    "olmo2": olmo2(),
+    "olmo2-mha-biases": olmo2(num_key_value_heads=4, attention_bias=True, rms_norm_eps=1e-3),
+    "olmo2-tied": olmo2(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=77.0)),
+    "olmo3": olmo3(),
+    "olmo3-yarn": olmo3(**by_type(YARN, dict(rope_type="default", rope_theta=100.0))),
+    "olmo3-all-full": olmo3(**typed("fff"), attention_bias=True),
+    "cohere2": cohere2(),
+    "cohere2-biases": cohere2(attention_bias=True, layer_norm_eps=1e-2, num_key_value_heads=1),
+    "cohere2-untied": cohere2(tie_word_embeddings=False, **typed("fsf")),
+    "glm4": glm4(),
+    "glm4-no-bias": glm4(attention_bias=False, tie_word_embeddings=True),
+    "glm4-all-turns": glm4(rope_parameters=dict(rope_type="default", rope_theta=1e3, partial_rotary_factor=1.0)),
+    "phi3": phi3(),
+    "phi3-window": phi3(sliding_window=7, num_key_value_heads=4, tie_word_embeddings=True),
+    "phi3-longrope-partial": phi3(hidden_size=32, original_max_position_embeddings=32, rope_parameters=LONGROPE_HALF),
+}
+
+
 def random_model(config, seed: int):
     """A transformers model whose every parameter, norms and biases too, is random and matters."""
     torch.manual_seed(seed)

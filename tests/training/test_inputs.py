@@ -254,7 +254,7 @@ FAULTS = {
     ),
     "code of its own": (
         lambda d: edit(d / "model/config.json", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"}),
-        "model_type 'own' is not supported; supported: llama, mistral, qwen2, qwen3",
+        "model_type 'own' is not supported; supported: cohere2, gemma, ",
     ),
     "no tokenizer": (
         lambda d: [(d / "model" / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")],

@@ -138,7 +138,7 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits(config, tmp_path):
     assert records["killed"]["result_sha256"] == records["whole"]["result_sha256"]
     adapters = [{path.name: path.read_bytes() for path in (tmp_path / name / "adapter").iterdir()} for name in records]
     assert adapters[0] == adapters[1]
-    assert adapters[0].keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= adapters[0].keys()
     metrics = [
         [{**record, "tokens_per_second": 0} for record in read_metrics(tmp_path / name / "metrics.jsonl")]
         for name in records

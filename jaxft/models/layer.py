@@ -1,0 +1,93 @@
+"""A layer: attention and feed-forward, each with norms around it, as the config has them.
+
+Axes: B batch, T tokens, D hidden.
+"""
+
+from collections.abc import Callable
+from dataclasses import astuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxft.models.attention import Angles, Attention, LayerCache
+from jaxft.models.blockwise import Reach
+from jaxft.models.config import DecoderConfig, LayerSpec
+from jaxft.models.linear import Linear, Weight
+from jaxft.models.mlp import MLP
+from jaxft.models.norms import Norm
+
+Make = Callable[..., Weight]
+"""(name in the layer, *shape) -> its value, for all layers of a stack at once."""
+
+
+class Layer(nnx.Module):
+    """Attention, then feed-forward, or both side by side, each added to what came in."""
+
+    def __init__(self, config: DecoderConfig, spec: LayerSpec, make: Make):
+        c = self.config = config
+
+        def linear(name: str, features_out: int, features_in: int, bias: bool) -> Linear:
+            weight = make(f"{name}.weight", features_out, features_in)
+            return Linear(weight, make(f"{name}.bias", features_out) if bias else None)
+
+        def projections(block: str, sizes: dict[str, int], bias: bool) -> dict[str, Linear]:
+            return {name: linear(f"{block}.{name}", size, c.hidden_size, bias) for name, size in sizes.items()}
+
+        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        if c.fused_qkv:
+            sizes = {"qkv_proj": q_size + 2 * kv_size}
+        else:
+            sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        normed = {None: {}, "head": {"q_norm": c.head_dim, "k_norm": c.head_dim}}
+        normed["projection"] = {"q_norm": q_size, "k_norm": kv_size}
+        self.self_attn = Attention(
+            c,
+            spec,
+            **projections("self_attn", sizes, c.qkv_bias),
+            o_proj=linear("self_attn.o_proj", c.hidden_size, q_size, c.o_bias),
+            **{name: norm(c, make, f"self_attn.{name}", size) for name, size in normed[c.qk_norm].items()},
+        )
+        inner = c.intermediate_size
+        if c.fused_gate_up:
+            sizes = {"gate_up_proj": 2 * inner}
+        else:
+            sizes = {"gate_proj": inner, "up_proj": inner} if c.gated_mlp else {"up_proj": inner}
+        self.mlp = MLP(
+            c.activation,
+            **projections("mlp", sizes, c.mlp_bias),
+            down_proj=linear("mlp.down_proj", c.hidden_size, inner, c.mlp_bias),
+        )
+        for name in filter(None, astuple(c.block_norms)):
+            setattr(self, name, norm(c, make, name, c.hidden_size))
+
+    def __call__(
+        self,
+        h: jax.Array,
+        angles: Angles,
+        reach: Reach,
+        cache: LayerCache | None,
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """h [B, T, D] -> [B, T, D], and the layer's new cache."""
+        attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+        norms, scale = self.config.block_norms, jnp.asarray(self.config.residual_scale, h.dtype)
+
+        def normed(name: str | None, x: jax.Array) -> jax.Array:
+            return x if name is None else getattr(self, name)(x)
+
+        start = normed(norms.attention_in, h)
+        mixed, cache = self.self_attn(start, angles, reach, cache, attention_key)
+        mixed = normed(norms.attention_out, mixed)
+        if self.config.parallel:
+            start = start if norms.mlp_in is None else normed(norms.mlp_in, h)
+            return h + scale * (mixed + self.mlp(start, mlp_key)), cache
+        h = h + scale * mixed
+        fed = self.mlp(normed(norms.mlp_in, h), mlp_key)
+        return h + scale * normed(norms.mlp_out, fed), cache
+
+
+def norm(config: DecoderConfig, make: Make, name: str, size: int) -> Norm:
+    """The config's kind of norm over `size` features."""
+    bias = make(f"{name}.bias", size) if config.norm == "layer_bias" else None
+    return Norm(config.norm, make(f"{name}.weight", size), bias, config.norm_eps)
