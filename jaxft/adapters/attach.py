@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.adapters.lora import LoRA, LoraSpec, row_squares
 from jaxft.adapters.targets import LoraConfig
-from jaxft.models.decoder import Decoder, modules, stacked_names
+from jaxft.models.decoder import Decoder, modules
 from jaxft.models.linear import Linear
 from jaxft.sharding.layout import Layout
 
@@ -36,7 +36,7 @@ def sites(model: Decoder) -> Iterator[Site]:
     """Every linear layer of the model."""
     for name, layers, module in modules(model):
         if isinstance(module, Linear):
-            yield Site(module, stacked_names(name, layers), layers is not None)
+            yield Site(module, model.config.names(name, layers), layers is not None)
 
 
 def attach(model: Decoder, config: LoraConfig, key: jax.Array) -> Decoder:

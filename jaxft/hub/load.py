@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,7 +27,7 @@ from jaxft.quantization.formats import parse_format
 from jaxft.quantization.qtensor import Format, QTensor, quantize
 from jaxft.sharding.layout import layout_of
 
-IGNORED = ("rotary_emb.inv_freq",)
+IGNORED = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 """Endings of tensors that old checkpoints carry and that are derived from the config."""
 
 BOOKKEEPING = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
@@ -100,11 +101,12 @@ def is_quantized(parameter: Parameter) -> bool:
 
 def check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
     """Every tensor of the file is a parameter of the model, and the reverse, with the same shape."""
-    expected = {name: p.shape for p, _ in parameters(describe(config)) for name in p.names}
+    expected = {name: p.stored_shape for p, _ in parameters(describe(config)) for name in p.names}
+    tied = config.names("lm_head.weight", None) if config.tie_word_embeddings else ()
     found = {
         name: checkpoint.info(name).shape
         for name in checkpoint.names()
-        if not name.endswith(IGNORED) and not (config.tie_word_embeddings and name == "lm_head.weight")
+        if not name.endswith(IGNORED) and name not in tied
     }
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     misshapen = [
@@ -192,10 +194,10 @@ def _place(
     if mesh is not None:
         spec = layout_of(parameter.name, parameter.shape, mesh, form.block_in if form else 1).stored
     if parameter.layers is None:
-        return _encode(_read(checkpoint, parameter.names[0], mesh, spec), dtype, form, mesh, spec)
+        return _encode(_read(checkpoint, parameter, 0, mesh, spec), dtype, form, mesh, spec)
     stack = None
     for index, name in enumerate(parameter.names):
-        value = _encode(_read(checkpoint, name, mesh, spec), dtype, form, mesh, spec)
+        value = _encode(_read(checkpoint, parameter, index, mesh, spec), dtype, form, mesh, spec)
         if stack is None:
             stack = _empty_stack(value, len(parameter.names), mesh, spec)
         stack = jax.block_until_ready(_write(stack, value, jnp.int32(index)))
@@ -203,13 +205,16 @@ def _place(
     return stack
 
 
-def _read(checkpoint: Checkpoint, name: str, mesh: Mesh | None, spec: P | None) -> jax.Array:
-    """The tensor as stored in the file; with a mesh each device reads its own part."""
+def _read(checkpoint: Checkpoint, parameter: Parameter, index: int, mesh: Mesh | None, spec: P | None) -> jax.Array:
+    """One tensor of a parameter, in the dtype of the file; with a mesh each device reads its own part."""
+    name = parameter.names[index]
+
+    def part(cut: tuple[slice, ...]) -> np.ndarray:
+        return checkpoint.read(name, cut[::-1]).T if parameter.transposed else checkpoint.read(name, cut)
+
     if mesh is None:
-        return jnp.asarray(checkpoint.read(name))
-    return jax.make_array_from_callback(
-        checkpoint.info(name).shape, NamedSharding(mesh, spec), lambda index: checkpoint.read(name, index)
-    )
+        return jnp.asarray(part((slice(None),) * len(parameter.shape)))
+    return jax.make_array_from_callback(parameter.shape, NamedSharding(mesh, spec), part)
 
 
 @partial(jax.jit, static_argnames=("dtype", "form", "mesh", "spec"))

@@ -35,7 +35,6 @@ _UNSUPPORTED = (
     "target_parameters",
     "layer_replication",
     "lora_bias",
-    "fan_in_fan_out",
     "alora_invocation_tokens",
     "use_qalora",
     "arrow_config",
@@ -59,6 +58,8 @@ def load_adapter(model: Decoder, directory: str | Path, *, check_base: bool = Tr
     if check_base:
         _check_base(model, checkpoint, directory)
     shapes = {name: tuple(shape) for site in sites(model) for name, shape in _module_shapes(site)}
+    if read_json(directory / CONFIG_FILE).get("fan_in_fan_out") and not model.config.transposed:
+        raise ValueError(f"{directory / CONFIG_FILE}: fan_in_fan_out is for GPT-2's layers; this base has none")
     try:
         selected = config.select(shapes)
     except ValueError as error:
@@ -163,7 +164,7 @@ def _adapter_config(model: Decoder, factors: dict[str, Factors]) -> dict[str, An
         "use_dora": spec.use_dora,
         "lora_bias": False,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": model.config.transposed,
         "init_lora_weights": True,
         "modules_to_save": None,
         "target_parameters": None,

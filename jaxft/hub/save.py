@@ -59,13 +59,14 @@ def save_model(
         refuse_weights(directory)
     values = _by_name(model)
     specs = {
-        name: jax.ShapeDtypeStruct(parameter.shape, jnp.dtype(dtype or array.dtype))
+        name: jax.ShapeDtypeStruct(parameter.stored_shape, jnp.dtype(dtype or array.dtype))
         for name, (parameter, array, _) in values.items()
     }
 
     def produce(name: str) -> np.ndarray:
-        _, array, index = values[name]
-        return np.asarray(array if index is None else array[index]).astype(specs[name].dtype)
+        parameter, array, index = values[name]
+        value = np.asarray(array if index is None else array[index]).astype(specs[name].dtype)
+        return value.T if parameter.transposed else value
 
     source = Path(model.source.path)
     config = read_json(source / "config.json")

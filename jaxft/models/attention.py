@@ -65,8 +65,11 @@ class Attention(nnx.Module):
         """Queries [B, T, N, H], keys and values [B, T, K, H], normalised but not yet rotated."""
         c = self.config
         if c.fused_qkv:
+            qkv = self.qkv_proj(x, keys[0])
+            if c.fused_qkv == "by head":
+                return list(jnp.split(qkv.reshape(*x.shape[:2], c.num_heads, -1), 3, axis=-1))
             ends = [c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim]
-            qkv = jnp.split(self.qkv_proj(x, keys[0]), ends, axis=-1)
+            qkv = jnp.split(qkv, ends, axis=-1)
         else:
             qkv = [each(x, key) for each, key in zip((self.q_proj, self.k_proj, self.v_proj), keys, strict=True)]
         if c.qk_norm == "projection":

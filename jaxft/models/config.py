@@ -91,12 +91,16 @@ class DecoderConfig:
         parallel: attention and feed-forward both start from the layer's input; without a norm of its own the
             feed-forward starts from attention's.
         qk_norm: queries and keys are normalised, each head by itself or the whole projection at once.
-        fused_qkv, fused_gate_up: one projection where others have three or two.
+        fused_qkv: one projection gives queries, keys and values: all of each in turn, or head by head.
+        fused_gate_up: one projection gives the gate and what it gates.
         gated_mlp: down(act(gate(x)) * up(x)), else down(act(up(x))).
         attention_scale: of scores; 1/√head_dim when absent.
         attention_softcap, logits_softcap: c tanh(x / c) of scores and of logits.
         embedding_scale, residual_scale, logits_scale: factors on embeddings, on what a half of a layer adds, on logits.
         local_rope: of the layers whose spec asks for it.
+        learned_positions: rows of a table that is added to the embeddings, by position.
+        transposed: the checkpoint stores the layers' projections [in, out].
+        renames: (ours, Hugging Face's) parts of names, applied one after the other; * stands for a layer's number.
     """
 
     vocab_size: int
@@ -117,7 +121,7 @@ class DecoderConfig:
     norm: Literal["rms", "rms_offset", "layer", "layer_bias"] = "rms"
     block_norms: BlockNorms = BlockNorms()
     parallel: bool = False
-    fused_qkv: bool = False
+    fused_qkv: Literal["in turn", "by head"] | None = None
     fused_gate_up: bool = False
     gated_mlp: bool = True
     attention_scale: float | None = None
@@ -127,6 +131,21 @@ class DecoderConfig:
     residual_scale: float = 1.0
     logits_scale: float = 1.0
     local_rope: Rope | None = None
+    learned_positions: int | None = None
+    transposed: bool = False
+    renames: tuple[tuple[str, str], ...] = ()
+
+    def names(self, name: str, layers: range | None) -> tuple[str, ...]:
+        """The Hugging Face names of a module or parameter, one for each layer it stacks.
+
+        >>> config.names("model.layers.self_attn.q_proj", range(0, 4, 2))  # doctest: +SKIP
+        ('model.layers.0.self_attn.q_proj', 'model.layers.2.self_attn.q_proj')
+        """
+        if layers is not None:
+            name = name.replace("model.layers.", "model.layers.*.", 1)
+        for ours, theirs in self.renames:
+            name = name.replace(ours, theirs)
+        return (name,) if layers is None else tuple(name.replace("*", str(layer)) for layer in layers)
 
     @cached_property
     def groups(self) -> tuple[LayerGroup, ...]:

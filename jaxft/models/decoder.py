@@ -30,16 +30,26 @@ Remat = Literal["none", "full", "dots"]
 
 @dataclass(frozen=True)
 class Parameter:
-    """One array of the model as it is declared: `name` without layer numbers, `shape` without the layer axis."""
+    """One array of the model as it is declared.
+
+    Attributes:
+        name: in this tree, without layer numbers.
+        shape: without the layer axis.
+        layers: those it stacks; None: it is not stacked.
+        names: of the Hugging Face tensors it consists of, in stacking order.
+        transposed: they are [in, out] there.
+    """
 
     name: str
     shape: tuple[int, ...]
-    layers: range | None = None
+    layers: range | None
+    names: tuple[str, ...]
+    transposed: bool
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The Hugging Face tensors it consists of, in stacking order."""
-        return stacked_names(self.name, self.layers)
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of one tensor in the checkpoint."""
+        return self.shape[::-1] if self.transposed else self.shape
 
     @property
     def stacked_shape(self) -> tuple[int, ...]:
@@ -50,10 +60,9 @@ Make = Callable[[Parameter], Weight]
 """Gives the value of a declared parameter: reads it, draws it, or only describes its shape."""
 
 
-def stacked_names(name: str, layers: range | None) -> tuple[str, ...]:
-    if layers is None:
-        return (name,)
-    return tuple(name.replace("model.layers.", f"model.layers.{i}.", 1) for i in layers)
+def _declared(config: DecoderConfig, name: str, shape: tuple[int, ...], layers: range | None = None) -> Parameter:
+    transposed = config.transposed and name.endswith("_proj.weight")
+    return Parameter(name, shape, layers, config.names(name, layers), transposed)
 
 
 class Cache(NamedTuple):
@@ -87,11 +96,18 @@ class Body(nnx.Module):
 
     def __init__(self, config: DecoderConfig, make: Make):
         self.embed_tokens = Embedding(
-            make(Parameter("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)))
+            make(_declared(config, "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)))
         )
+        self.embed_positions = nnx.data(None)
+        if config.learned_positions is not None:
+            shape = (config.learned_positions, config.hidden_size)
+            self.embed_positions = nnx.data(Embedding(make(_declared(config, "model.embed_positions.weight", shape))))
 
         def layer(spec: LayerSpec, layers: range) -> Layer:
-            return Layer(config, spec, lambda name, *shape: make(Parameter(f"model.layers.{name}", shape, layers)))
+            def inside(name: str, *shape: int) -> Weight:
+                return make(_declared(config, f"model.layers.{name}", shape, layers))
+
+            return Layer(config, spec, inside)
 
         self.layers = nnx.List(
             nnx.List(layer(spec, group.layers_at(position)) for position, spec in enumerate(group.pattern))
@@ -99,7 +115,7 @@ class Body(nnx.Module):
         )
 
         def outside(name: str, *shape: int) -> Weight:
-            return make(Parameter(f"model.{name}", shape))
+            return make(_declared(config, f"model.{name}", shape))
 
         self.norm = norm(config, outside, "norm", config.hidden_size)
 
@@ -126,7 +142,7 @@ class Decoder(nnx.Module):
         scan_layers: bool = True,
     ):
         self.model = Body(config, make)
-        head = Parameter("lm_head.weight", (config.vocab_size, config.hidden_size))
+        head = _declared(config, "lm_head.weight", (config.vocab_size, config.hidden_size))
         self.lm_head = nnx.data(None if config.tie_word_embeddings else Linear(make(head)))
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -199,7 +215,10 @@ class Decoder(nnx.Module):
         ropes = {"global": c.rope, "local": c.local_rope}
         angles = {name: rotary_angles(rope, positions) for name, rope in ropes.items() if name in used}
         h = self.model.embed_tokens(tokens, self.dtype)
-        h = self._constrained(h * jnp.asarray(c.embedding_scale, self.dtype))
+        h = h * jnp.asarray(c.embedding_scale, self.dtype)
+        if c.learned_positions is not None:
+            h = h + self.model.embed_positions(positions, self.dtype)
+        h = self._constrained(h)
         new_caches = []
         for index, (group, stacks) in enumerate(zip(self.config.groups, self.model.layers, strict=True)):
 
@@ -281,7 +300,7 @@ def parameters(model: Decoder) -> Iterator[tuple[Parameter, nnx.Param]]:
         if isinstance(node, nnx.Param):
             name, layers = _locate(model, path)
             shape = node.get_value().shape
-            yield Parameter(name, shape if layers is None else shape[1:], layers), node
+            yield _declared(model.config, name, shape if layers is None else shape[1:], layers), node
 
 
 def _locate(model: Decoder, path: tuple) -> tuple[str, range | None]:

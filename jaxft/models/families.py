@@ -163,7 +163,78 @@ def _glm4(hf: PreTrainedConfig) -> DecoderConfig:
 
 def _phi3(hf: PreTrainedConfig) -> DecoderConfig:
     layers = (LayerSpec(hf.sliding_window),) * hf.num_hidden_layers
-    return _shared(hf, fused_qkv=True, fused_gate_up=True, layers=layers)
+    return _shared(hf, fused_qkv="in turn", fused_gate_up=True, layers=layers)
+
+
+def _starcoder2(hf: PreTrainedConfig) -> DecoderConfig:
+    return _shared(
+        hf,
+        **_biases(hf, "use_bias"),
+        mlp_bias=hf.use_bias,
+        norm="layer_bias",
+        norm_eps=hf.norm_epsilon,
+        gated_mlp=False,
+        layers=(LayerSpec(hf.sliding_window),) * hf.num_hidden_layers,
+        renames=(("mlp.up_proj", "mlp.c_fc"), ("mlp.down_proj", "mlp.c_proj")),
+    )
+
+
+def _gpt2(hf: PreTrainedConfig) -> DecoderConfig:
+    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        if getattr(hf, key):
+            raise ValueError(f"config.json: {key} is set, which is not supported for gpt2")
+    hf.hidden_act = hf.activation_function
+    hf.intermediate_size = hf.n_inner or 4 * hf.hidden_size
+    hf.rope_parameters = {"rope_theta": 1.0}  # there is none; positions are learned
+    return _shared(
+        hf,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        norm="layer_bias",
+        norm_eps=hf.layer_norm_epsilon,
+        attention_scale=None if hf.scale_attn_weights else 1.0,
+        fused_qkv="in turn",
+        gated_mlp=False,
+        layers=(LayerSpec(rope=None),) * hf.num_hidden_layers,
+        learned_positions=hf.max_position_embeddings,
+        transposed=True,
+        renames=(
+            ("model.embed_tokens", "transformer.wte"),
+            ("model.embed_positions", "transformer.wpe"),
+            ("model.layers", "transformer.h"),
+            ("model.norm", "transformer.ln_f"),
+            ("input_layernorm", "ln_1"),
+            ("post_attention_layernorm", "ln_2"),
+            ("self_attn.qkv_proj", "attn.c_attn"),
+            ("self_attn.o_proj", "attn.c_proj"),
+            ("mlp.up_proj", "mlp.c_fc"),
+            ("mlp.down_proj", "mlp.c_proj"),
+        ),
+    )
+
+
+def _gpt_neox(hf: PreTrainedConfig) -> DecoderConfig:
+    return _shared(
+        hf,
+        **_biases(hf),
+        mlp_bias=True,
+        norm="layer_bias",
+        norm_eps=hf.layer_norm_eps,
+        parallel=hf.use_parallel_residual,
+        fused_qkv="by head",
+        gated_mlp=False,
+        renames=(
+            ("model.embed_tokens", "gpt_neox.embed_in"),
+            ("model.layers", "gpt_neox.layers"),
+            ("model.norm", "gpt_neox.final_layer_norm"),
+            ("self_attn.qkv_proj", "attention.query_key_value"),
+            ("self_attn.o_proj", "attention.dense"),
+            ("mlp.up_proj", "mlp.dense_h_to_4h"),
+            ("mlp.down_proj", "mlp.dense_4h_to_h"),
+            ("lm_head.weight", "embed_out.weight"),
+        ),
+    )
 
 
 FAMILIES: dict[str, Callable[[PreTrainedConfig], DecoderConfig]] = {
@@ -172,6 +243,8 @@ FAMILIES: dict[str, Callable[[PreTrainedConfig], DecoderConfig]] = {
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
     "glm4": _glm4,
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
     "granite": _granite,
     "llama": _llama,
     "mistral": _mistral,
@@ -181,6 +254,7 @@ FAMILIES: dict[str, Callable[[PreTrainedConfig], DecoderConfig]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "smollm3": _smollm3,
+    "starcoder2": _starcoder2,
 }
 
 
@@ -196,10 +270,11 @@ def _shared(
     activation = getattr(hf, "hidden_activation", None) or hf.hidden_act
     if activation not in _ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act {activation!r} is not one of {', '.join(_ACTIVATIONS)}")
-    if hf.num_attention_heads % hf.num_key_value_heads:
+    kv_heads = getattr(hf, "num_key_value_heads", hf.num_attention_heads)
+    if hf.num_attention_heads % kv_heads:
         raise ValueError(
             f"config.json: num_attention_heads, {hf.num_attention_heads}, is not a multiple of "
-            f"num_key_value_heads, {hf.num_key_value_heads}"
+            f"num_key_value_heads, {kv_heads}"
         )
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     by_type = "full_attention" in hf.rope_parameters
@@ -209,7 +284,7 @@ def _shared(
         hidden_size=hf.hidden_size,
         intermediate_size=hf.intermediate_size,
         num_heads=hf.num_attention_heads,
-        num_kv_heads=hf.num_key_value_heads,
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
         layers=layers or (LayerSpec(),) * hf.num_hidden_layers,
         rope=rope(hf.rope_parameters["full_attention"] if by_type else hf.rope_parameters),
@@ -221,8 +296,8 @@ def _shared(
     )
 
 
-def _biases(hf: PreTrainedConfig) -> dict[str, bool]:
-    return {"qkv_bias": hf.attention_bias, "o_bias": hf.attention_bias}
+def _biases(hf: PreTrainedConfig, key: str = "attention_bias") -> dict[str, bool]:
+    return {"qkv_bias": getattr(hf, key), "o_bias": getattr(hf, key)}
 
 
 def _typed_layers(hf: PreTrainedConfig, sliding_rope: Literal["global", "local"] = "global") -> tuple[LayerSpec, ...]:

@@ -21,7 +21,7 @@ _WHOLE = ()
 PREFERENCES = (
     (r"(q|k|v|gate|up)_proj\.weight$", _ROWS),
     (r"(o|down)_proj\.weight$", _COLUMNS),
-    (r"(embed_tokens|lm_head)\.weight$", (*_ROWS, (None, _TENSOR_FSDP))),
+    (r"(embed_tokens|embed_positions|lm_head)\.weight$", (*_ROWS, (None, _TENSOR_FSDP))),
     (r"(q|k|v|gate|up)_proj\.bias$", (("tensor",),)),
     (r"(o|down)_proj\.bias$", _WHOLE),
     (r"norm\.weight$", _WHOLE),

@@ -1,14 +1,21 @@
 """Logits against transformers, in float32, for every architecture with every axis of its config exercised."""
 
+import copy
+
+import chex
 import jax
 import numpy as np
 import pytest
 
 import jaxft
+from jaxft.adapters.attach import Factors, attach, attach_factors, factors_of
+from jaxft.adapters.targets import LoraConfig
+from jaxft.generation.generate import generate
 from jaxft.models.families import decoder_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.parity
 
@@ -155,7 +162,33 @@ def phi3(**kwargs):
     return transformers.Phi3Config(**(SMALL | HEADS | dict(pad_token_id=0) | kwargs))
 
 
+def starcoder2(**kwargs):
+    return transformers.Starcoder2Config(**(SMALL | HEADS | dict(pad_token_id=0) | kwargs))
+
+
+def gpt_neox(**kwargs):
+    return transformers.GPTNeoXConfig(**(SMALL | dict(num_attention_heads=3, pad_token_id=0) | kwargs))
+
+
+def gpt2(**kwargs):
+    basics = dict(vocab_size=VOCAB, n_embd=48, n_layer=3, n_head=4, n_positions=64, pad_token_id=0)
+    return transformers.GPT2Config(**(basics | kwargs))
+
+
 CONFIGS |= {
+    "gpt2": gpt2(),
+    "gpt2-untied-wide": gpt2(tie_word_embeddings=False, n_inner=100, activation_function="gelu"),
+    "gpt2-unscaled": gpt2(scale_attn_weights=False, layer_norm_epsilon=1e-2, n_head=6),
+    "starcoder2": starcoder2(),
+    "starcoder2-window-no-bias": starcoder2(sliding_window=7, use_bias=False, num_key_value_heads=1),
+    "starcoder2-untied": starcoder2(tie_word_embeddings=False, hidden_act="gelu", norm_epsilon=1e-2),
+    "gpt-neox": gpt_neox(),
+    "gpt-neox-sequential": gpt_neox(use_parallel_residual=False, layer_norm_eps=1e-2, hidden_act="gelu_new"),
+    "gpt-neox-tied-all-turns": gpt_neox(
+        tie_word_embeddings=True,
+        attention_bias=False,
+        rope_parameters=dict(rope_type="default", rope_theta=99.0, partial_rotary_factor=1.0),
+    ),
     "gemma": gemma(),
     "gemma-one-kv-head": gemma(num_key_value_heads=1, attention_bias=True, hidden_act="gelu"),
     "gemma-untied": gemma(tie_word_embeddings=False, rms_norm_eps=1e-3),
@@ -261,6 +294,59 @@ def test_packed_row_equals_its_examples_alone(pair):
         alone = torch_logits(reference, tokens[:, start : start + length])
         np.testing.assert_allclose(packed[:, start : start + length], alone, atol=TOLERANCE, rtol=0)
         start += length
+
+
+# In and out, for one model of each family
+
+EVERY = list({config.model_type: name for name, config in reversed(CONFIGS.items())}.values())
+
+
+@pytest.mark.parametrize("pair", EVERY, indirect=True)
+def test_transformers_reads_what_is_written(pair, tmp_path):
+    reference, model = pair
+    jaxft.save_model(model, tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = reference.state_dict()
+    assert again.state_dict().keys() == expected.keys()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("pair", EVERY, indirect=True)
+def test_greedy_texts_are_those_of_transformers(pair):
+    """32 tokens after prompts of different lengths, through the cache."""
+    reference, model = pair
+    prompts = [np.random.default_rng(length).integers(3, VOCAB, length).tolist() for length in (9, 4)]
+    reference.generation_config.eos_token_id = None
+    texts = generate(model, prompts, max_new_tokens=32, eos_ids=())
+    for prompt, text in zip(prompts, texts, strict=True):
+        with torch.no_grad():
+            whole = reference.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False, pad_token_id=0)
+        assert text == whole[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("pair", EVERY, indirect=True)
+def test_adapters_agree_with_peft(pair, tmp_path):
+    """On all linear layers, fused and transposed ones too, out to PEFT and back in."""
+    reference, base = pair
+    config = LoraConfig(r=3, lora_alpha=6)
+    random = np.random.default_rng(0)
+    factors = {
+        module: Factors(*(random.normal(0, 0.1, part.shape).astype(np.float32) for part in (one.A, one.B)))
+        for module, one in factors_of(attach(base, config, jax.random.key(0))).items()
+    }
+    model = attach_factors(base, config, factors)
+    jaxft.save_adapter(model, tmp_path)
+    tokens = np.random.default_rng(1).integers(0, VOCAB, (2, 20), dtype=np.int32)
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path).eval()
+    ours, theirs = np.asarray(model(tokens)), torch_logits(adapted, tokens)
+    assert np.abs(theirs - torch_logits(reference, tokens)).max() > 0.05
+    np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0)
+    every_linear = peft.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    wanted = peft.get_peft_model(copy.deepcopy(reference), every_linear).targeted_module_names
+    assert sorted(factors) == sorted(wanted)
+    again = factors_of(jaxft.load_adapter(base, tmp_path))
+    chex.assert_trees_all_equal(again, factors)
 
 
 def test_no_quantization_is_no_quantization():
