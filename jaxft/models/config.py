@@ -138,8 +138,8 @@ class DecoderConfig:
     def names(self, name: str, layers: range | None) -> tuple[str, ...]:
         """The Hugging Face names of a module or parameter, one for each layer it stacks.
 
-        >>> config.names("model.layers.self_attn.q_proj", range(0, 4, 2))  # doctest: +SKIP
-        ('model.layers.0.self_attn.q_proj', 'model.layers.2.self_attn.q_proj')
+        `model.layers.self_attn.q_proj` of layers 0 and 2 is `model.layers.0.self_attn.q_proj` and
+        `model.layers.2.self_attn.q_proj`, unless `renames` say otherwise.
         """
         if layers is not None:
             name = name.replace("model.layers.", "model.layers.*.", 1)

@@ -200,10 +200,11 @@ def _check_lengths(data: Prepared, rope: Rope) -> None:
 
 
 def _digest_of_adapter(directory: str | None) -> str:
-    digest = hashlib.sha256()
+    digests = []
     for path in [] if directory is None else sorted(Path(directory).glob("adapter_*")):
-        digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
-    return digest.hexdigest()
+        with open(path, "rb") as file:
+            digests.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+    return _sha256("\n".join(digests))
 
 
 def _sha256(text: str) -> str:
