@@ -193,28 +193,30 @@ def _place(
     spec = None
     if mesh is not None:
         spec = layout_of(parameter.name, parameter.shape, mesh, form.block_in if form else 1).stored
-    if parameter.layers is None:
-        return _encode(_read(checkpoint, parameter, 0, mesh, spec), dtype, form, mesh, spec)
     stack = None
-    for index, name in enumerate(parameter.names):
-        value = _encode(_read(checkpoint, parameter, index, mesh, spec), dtype, form, mesh, spec)
+    for index, name in zip(np.ndindex(parameter.stack), parameter.names, strict=True):
+        value = _encode(_read(checkpoint, parameter, name, mesh, spec), dtype, form, mesh, spec)
+        if not parameter.stack:
+            return value
         if stack is None:
-            stack = _empty_stack(value, len(parameter.names), mesh, spec)
-        stack = jax.block_until_ready(_write(stack, value, jnp.int32(index)))
+            stack = _empty_stack(value, parameter.stack, mesh, spec)
+        position = tuple(map(jnp.int32, index))
+        stack = jax.block_until_ready(_write(stack, value, position))
         checkpoint.release(name)
     return stack
 
 
-def _read(checkpoint: Checkpoint, parameter: Parameter, index: int, mesh: Mesh | None, spec: P | None) -> jax.Array:
+def _read(checkpoint: Checkpoint, parameter: Parameter, name: str, mesh: Mesh | None, spec: P | None) -> jax.Array:
     """One tensor of a parameter, in the dtype of the file; with a mesh each device reads its own part."""
-    name = parameter.names[index]
 
     def part(cut: tuple[slice, ...]) -> np.ndarray:
-        return checkpoint.read(name, cut[::-1]).T if parameter.transposed else checkpoint.read(name, cut)
+        if not parameter.transposed:
+            return checkpoint.read(name, cut)
+        return checkpoint.read(name, (*cut[:-2], cut[-1], cut[-2])).swapaxes(-1, -2)
 
     if mesh is None:
-        return jnp.asarray(part((slice(None),) * len(parameter.shape)))
-    return jax.make_array_from_callback(parameter.shape, NamedSharding(mesh, spec), part)
+        return jnp.asarray(part((slice(None),) * len(parameter.tensor_shape)))
+    return jax.make_array_from_callback(parameter.tensor_shape, NamedSharding(mesh, spec), part)
 
 
 @partial(jax.jit, static_argnames=("dtype", "form", "mesh", "spec"))
@@ -222,15 +224,19 @@ def _encode(x: jax.Array, dtype: jnp.dtype, form: Format | None, mesh: Mesh | No
     return _cut(quantize(x, form) if form else x.astype(dtype), mesh, spec)
 
 
-@partial(jax.jit, static_argnames=("count", "mesh", "spec"))
-def _empty_stack(value: Weight, count: int, mesh: Mesh | None, spec: P | None) -> Weight:
-    stack = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), value)
-    return _cut(stack, mesh, None if spec is None else P(None, *spec))
+@partial(jax.jit, static_argnames=("axes", "mesh", "spec"))
+def _empty_stack(value: Weight, axes: tuple[int, ...], mesh: Mesh | None, spec: P | None) -> Weight:
+    stack = jax.tree.map(lambda leaf: jnp.zeros((*axes, *leaf.shape), leaf.dtype), value)
+    return _cut(stack, mesh, None if spec is None else P(*(None,) * len(axes), *spec))
 
 
 @partial(jax.jit, donate_argnames="stack")
-def _write(stack: Weight, value: Weight, index: jax.Array) -> Weight:
-    return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, index, 0), stack, value)
+def _write(stack: Weight, value: Weight, position: tuple[jax.Array, ...]) -> Weight:
+    def place(whole: jax.Array, part: jax.Array) -> jax.Array:
+        start = (*position, *(jnp.int32(0),) * part.ndim)
+        return jax.lax.dynamic_update_slice(whole, part.reshape((1,) * len(position) + part.shape), start)
+
+    return jax.tree.map(place, stack, value)
 
 
 def _cut(value: Weight, mesh: Mesh | None, spec: P | None) -> Weight:

@@ -65,8 +65,8 @@ def save_model(
 
     def produce(name: str) -> np.ndarray:
         parameter, array, index = values[name]
-        value = np.asarray(array if index is None else array[index]).astype(specs[name].dtype)
-        return value.T if parameter.transposed else value
+        value = np.asarray(array[index]).astype(specs[name].dtype)
+        return value.swapaxes(-1, -2) if parameter.transposed else value
 
     source = Path(model.source.path)
     config = read_json(source / "config.json")
@@ -89,10 +89,10 @@ def copy_companions(source: Path, directory: Path) -> None:
             shutil.copyfile(source / name, directory / name)
 
 
-def _by_name(model: Decoder) -> dict[str, tuple[Parameter, jax.Array, int | None]]:
+def _by_name(model: Decoder) -> dict[str, tuple[Parameter, jax.Array, tuple[int, ...]]]:
     """Hugging Face tensor name -> its declaration, the array that holds it, and its place in the stack."""
-    result = {}
-    for parameter, variable in parameters(model):
-        for index, name in enumerate(parameter.names):
-            result[name] = parameter, variable.get_value(), None if parameter.layers is None else index
-    return result
+    return {
+        name: (parameter, variable.get_value(), index)
+        for parameter, variable in parameters(model)
+        for name, index in zip(parameter.names, np.ndindex(parameter.stack), strict=True)
+    }

@@ -38,6 +38,25 @@ class BlockNorms:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the feed-forward (arXiv 1701.06538): a router chooses a few for each token.
+
+    Attributes:
+        count: experts of a layer.
+        per_token: how many of them see a token.
+        intermediate_size: of each.
+        fused: the checkpoint keeps all experts of a layer in one tensor; else each has its own.
+        transposed: their projections are [..., in, out] there.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    fused: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Source:
     """The directory a model was read from: what is needed to write it out again, and to notice when it changed.
 
@@ -100,7 +119,9 @@ class DecoderConfig:
         local_rope: of the layers whose spec asks for it.
         learned_positions: rows of a table that is added to the embeddings, by position.
         transposed: the checkpoint stores the layers' projections [in, out].
-        renames: (ours, Hugging Face's) parts of names, applied one after the other; * stands for a layer's number.
+        renames: (ours, Hugging Face's) parts of names, applied one after the other; * stands for a layer's number, %
+            for an expert's.
+        experts: of the layers whose spec asks for them.
     """
 
     vocab_size: int
@@ -134,18 +155,24 @@ class DecoderConfig:
     learned_positions: int | None = None
     transposed: bool = False
     renames: tuple[tuple[str, str], ...] = ()
+    experts: Experts | None = None
 
-    def names(self, name: str, layers: range | None) -> tuple[str, ...]:
-        """The Hugging Face names of a module or parameter, one for each layer it stacks.
+    def names(self, name: str, layers: range | None, experts: int | None = None) -> tuple[str, ...]:
+        """The Hugging Face names of a module or parameter, one for each layer it stacks, or for each expert of each.
 
         `model.layers.self_attn.q_proj` of layers 0 and 2 is `model.layers.0.self_attn.q_proj` and
         `model.layers.2.self_attn.q_proj`, unless `renames` say otherwise.
         """
         if layers is not None:
             name = name.replace("model.layers.", "model.layers.*.", 1)
+        if experts is not None:
+            name = name.replace(".experts.", ".experts.%.", 1)
         for ours, theirs in self.renames:
             name = name.replace(ours, theirs)
-        return (name,) if layers is None else tuple(name.replace("*", str(layer)) for layer in layers)
+        by_layer = [name] if layers is None else [name.replace("*", str(layer)) for layer in layers]
+        if experts is None:
+            return tuple(by_layer)
+        return tuple(name.replace("%", str(expert)) for name in by_layer for expert in range(experts))
 
     @cached_property
     def groups(self) -> tuple[LayerGroup, ...]:
