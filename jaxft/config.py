@@ -115,6 +115,7 @@ class MeshConfig(_Section):
 
     data: int = Field(-1, description="Groups that each hold the whole model and their own rows; -1 = the rest.")
     fsdp: int = Field(1, description="Devices that split rows and also weights (ZeRO-3); -1 = the rest.")
+    expert: int = Field(1, description="Devices that split rows and share out the experts of a layer; -1 = the rest.")
     tensor: int = Field(1, description="Devices that split every matrix product; -1 = the rest.")
 
     @model_validator(mode="before")
@@ -144,6 +145,7 @@ _OF_A_NEW_ADAPTER = (
     "lora_alpha",
     "lora_dropout",
     "lora_target_modules",
+    "lora_target_parameters",
     "use_rslora",
     "rank_pattern",
     "alpha_pattern",
@@ -178,6 +180,9 @@ class Config(_Section):
     lora_target_modules: Annotated[list[str], Field(min_length=1)] | str = Field(
         "all-linear", description="Modules that get an adapter: a list of names, one regex, or all-linear."
     )
+    lora_target_parameters: list[str] = Field(
+        [], description="Parameters that get an adapter where all experts are one, as mlp.experts.gate_up_proj."
+    )
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(lora_r): steadier at high ranks.")
     rank_pattern: dict[str, PositiveInt] = Field({}, description="Module name or regex -> its own lora_r.")
     alpha_pattern: dict[str, PositiveFloat] = Field({}, description="Module name or regex -> own lora_alpha.")
@@ -207,6 +212,9 @@ class Config(_Section):
     learning_rate: PositiveFloat = Field(2e-4, description="Peak learning rate, reached when warm-up ends.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled; multiplied by the learning rate.")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="Clip gradients to this global norm; 0 = never.")
+    router_aux_loss_coef: NonNegativeFloat = Field(
+        0.0, description="Times the load-balancing loss of a mixture of experts, added to the training loss."
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="After warm-up: down to 0 on a half cosine, down to 0 on a line, or flat."
     )
@@ -227,7 +235,7 @@ class Config(_Section):
     scan_layers: bool = Field(
         True, description="Compile one layer and loop; false compiles each: slower to compile, faster on a CPU."
     )
-    mesh: MeshConfig = Field(MeshConfig(), description="Devices along the axes data, fsdp and tensor.")
+    mesh: MeshConfig = Field(MeshConfig(), description="Devices along the axes data, fsdp, expert and tensor.")
     seed: int = Field(42, ge=0, lt=2**32, description="Fixes new weights, the order of the data and dropout.")
     max_nonfinite_steps: PositiveInt = Field(5, description="Abort after so many skipped non-finite updates in a row.")
 

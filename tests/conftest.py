@@ -81,7 +81,7 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory):
             for name in parameter.names:
                 scale = 1 / np.sqrt(parameter.shape[-1]) if len(parameter.shape) > 1 else 0.2
                 mean = 1.0 if "norm" in name else 0.0
-                tensors[name] = rng.normal(mean, scale, parameter.shape).astype(np.float32)
+                tensors[name] = rng.normal(mean, scale, parameter.stored_shape).astype(np.float32)
         write_checkpoint(directory, tensors, tensors.__getitem__)
         return directory
 

@@ -1,7 +1,7 @@
 """Put adapters on a model and take them off. The model given is left as it was; arrays are shared."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +12,36 @@ from jax.sharding import PartitionSpec as P
 from jaxft.adapters.lora import LoRA, LoraSpec, row_squares
 from jaxft.adapters.targets import LoraConfig
 from jaxft.models.decoder import Decoder, modules
+from jaxft.models.experts import ExpertLinear
 from jaxft.models.linear import Linear
 from jaxft.sharding.layout import Layout
 
 
 class Site(NamedTuple):
-    """A linear layer, or a stack of them, and the Hugging Face modules it stands for."""
+    """A linear layer, or a stack of them, and the Hugging Face modules it stands for.
 
-    linear: Linear
+    Attributes:
+        modules: one for each entry of the stack, by layer, then by expert. Where the experts of a layer are one tensor,
+            they are the names of these parameters.
+        stack: leading axes of the weight along which the modules are stacked.
+        target: which option of a `LoraConfig` selects it; None: PEFT has no adapters for it.
+    """
+
+    linear: Linear | ExpertLinear
     modules: tuple[str, ...]
-    stacked: bool
+    stack: tuple[int, ...]
+    target: Literal["target_modules", "target_parameters"] | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight of one module: [out, in], or [experts, out, in]."""
+        return self.linear.weight.get_value().shape[len(self.stack) :]
 
 
 class Factors(NamedTuple):
-    """The trained arrays of one module: A [r, in], B [out, r], magnitude [out] with DoRA."""
+    """The trained arrays of one module: A [r, in], B [out, r], magnitude [out] with DoRA; experts of one tensor have
+    A [experts, r, in] and B [experts, out, r].
+    """
 
     A: np.ndarray
     B: np.ndarray
@@ -34,38 +50,61 @@ class Factors(NamedTuple):
 
 def sites(model: Decoder) -> Iterator[Site]:
     """Every linear layer of the model."""
+    experts = model.config.experts
     for name, layers, module in modules(model):
+        stack = () if layers is None else (len(layers),)
         if isinstance(module, Linear):
-            yield Site(module, model.config.names(name, layers), layers is not None)
+            # Where PEFT finds experts by the names of their modules, it takes a dense feed-forward for one.
+            shadowed = ".mlp." in name and experts is not None and experts.adapters == "target_modules"
+            yield Site(module, model.config.names(name, layers), stack, None if shadowed else "target_modules")
+        elif isinstance(module, ExpertLinear):
+            each = None if experts.fused else experts.count
+            yield Site(
+                module,
+                model.config.names(name, layers, each),
+                stack if each is None else (*stack, each),
+                experts.adapters,
+            )
+
+
+def targets_of(model: Decoder, config: LoraConfig) -> set[str]:
+    """The modules that get an adapter.
+
+    Raises:
+        ValueError: the targets match nothing (see `LoraConfig.select`).
+    """
+    by_option = {"target_modules": [], "target_parameters": [], None: []}
+    for site in sites(model):
+        by_option[site.target] += site.modules
+    return set(config.select(by_option["target_modules"], by_option["target_parameters"]))
 
 
 def attach(model: Decoder, config: LoraConfig, key: jax.Array) -> Decoder:
     """The model with fresh adapters: A uniform in ±1/√in (Kaiming, a = √5), B zero, so that nothing changes yet.
 
     Raises:
-        ValueError: the targets match nothing (see `LoraConfig.select`), or the model has adapters already.
+        ValueError: as `targets_of` and `check_experts`; or the model has adapters already.
     """
     model = _copy(model)
-    chosen = set(config.select(name for site in sites(model) for name in site.modules))
+    chosen = targets_of(model, config)
     for index, site in enumerate(sites(model)):
         spec = _spec(site, config, chosen)
         if spec is None:
             continue
-        if site.linear.adapter is not None:
-            raise ValueError("the model carries an adapter already; merge it first, or load a fresh base")
-        out_features, in_features = site.linear.weight.get_value().shape[-2:]
+        *lead, out_features, in_features = site.linear.weight.get_value().shape
         bound = in_features**-0.5
         draw = jax.random.uniform(
             jax.random.fold_in(key, index),
-            (len(spec.ranks), spec.max_rank, in_features),
+            (*lead, spec.max_rank, in_features),
             jnp.float32,
             minval=-bound,
             maxval=bound,
         )
-        in_use = jnp.arange(spec.max_rank)[None, :] < jnp.asarray(spec.ranks)[:, None]
+        in_use = jnp.arange(spec.max_rank) < _spread(site, spec.ranks)[..., None]
         A = jnp.where(in_use[..., None], draw, 0)
-        B = jnp.zeros((len(spec.ranks), out_features, spec.max_rank), jnp.float32)
+        B = jnp.zeros((*lead, out_features, spec.max_rank), jnp.float32)
         _install(site, spec, A, B, None)
+    check_experts(model)
     return model
 
 
@@ -76,20 +115,53 @@ def attach_factors(model: Decoder, config: LoraConfig, factors: dict[str, Factor
         spec = _spec(site, config, set(factors))
         if spec is None:
             continue
-        if site.linear.adapter is not None:
-            raise ValueError("the model carries an adapter already; merge it first, or load a fresh base")
-        out_features, in_features = site.linear.weight.get_value().shape[-2:]
-        A = np.zeros((len(spec.ranks), spec.max_rank, in_features), np.float32)
-        B = np.zeros((len(spec.ranks), out_features, spec.max_rank), np.float32)
-        magnitude = np.ones((len(spec.ranks), out_features), np.float32) if spec.use_dora else None
-        for layer, name in enumerate(site.modules):
+        *experts, out_features, in_features = site.shape
+        count = len(site.modules)
+        A = np.zeros((count, *experts, spec.max_rank, in_features), np.float32)
+        B = np.zeros((count, *experts, out_features, spec.max_rank), np.float32)
+        magnitude = np.ones((count, out_features), np.float32) if spec.use_dora else None
+        for index, name in enumerate(site.modules):
             if name in factors:
-                rank = spec.ranks[layer]
-                A[layer, :rank], B[layer, :, :rank] = factors[name].A, factors[name].B
+                rank = spec.ranks[index]
+                A[index, ..., :rank, :], B[index, ..., :rank] = factors[name].A, factors[name].B
                 if spec.use_dora:
-                    magnitude[layer] = factors[name].magnitude
-        _install(site, spec, jnp.asarray(A), jnp.asarray(B), None if magnitude is None else jnp.asarray(magnitude))
+                    magnitude[index] = factors[name].magnitude
+        A, B, magnitude = (
+            None if part is None else jnp.asarray(part.reshape(*site.stack, *part.shape[1:]))
+            for part in (A, B, magnitude)
+        )
+        _install(site, spec, A, B, magnitude)
     return model
+
+
+def check_experts(model: Decoder) -> None:
+    """Refuse adapters on experts that PEFT would not load, or would load with another effect.
+
+    Raises:
+        ValueError: says which, and what to do.
+    """
+    experts = [site for site in sites(model) if isinstance(site.linear, ExpertLinear)]
+    adapters = [site.linear.adapter for site in experts]
+    for site, lora in zip(experts, adapters, strict=True):
+        for option in ("use_dora", "dropout"):
+            if lora is not None and (value := getattr(lora.spec, option)):
+                raise ValueError(f"{option} is {value}, which PEFT has not for experts ({site.modules[0]})")
+    if model.config.experts is None or model.config.experts.fused or not any(adapters):
+        return
+    if any(lora is not None and lora.spec.use_rslora for lora in adapters):
+        raise ValueError(
+            f"use_rslora is set, but PEFT fuses gate and up of experts ({experts[0].modules[0]}) to twice the rank and "
+            "would scale them wrongly; set lora_alpha to alpha * sqrt(r) instead"
+        )
+    for site, lora in zip(experts, adapters, strict=True):
+        for index, module in enumerate(site.modules):
+            if lora is None or not lora.spec.ranks[index]:
+                raise ValueError(
+                    "adapters on experts sit on gate, up and down of all experts in all layers, or on none: PEFT fuses "
+                    f"them; {module} has none"
+                )
+    if len({pair for lora in adapters for pair in zip(lora.spec.ranks, lora.spec.alphas, strict=True)}) > 1:
+        raise ValueError("experts have different ranks or alphas, and PEFT has one for all of them")
 
 
 def factors_of(model: Decoder) -> dict[str, Factors]:
@@ -101,12 +173,11 @@ def factors_of(model: Decoder) -> dict[str, Factors]:
             continue
         A, B = np.asarray(lora.A[...]), np.asarray(lora.B[...])
         magnitude = None if lora.magnitude is None else np.asarray(lora.magnitude[...])
-        if not site.stacked:
-            A, B, magnitude = A[None], B[None], None if magnitude is None else magnitude[None]
-        for layer, (name, rank) in enumerate(zip(site.modules, lora.spec.ranks, strict=True)):
+        indices = np.ndindex(site.stack)
+        for index, name, rank in zip(indices, site.modules, lora.spec.ranks, strict=True):
             if rank:
                 result[name] = Factors(
-                    A[layer, :rank], B[layer, :, :rank], None if magnitude is None else magnitude[layer]
+                    A[index][..., :rank, :], B[index][..., :rank], None if magnitude is None else magnitude[index]
                 )
     return result
 
@@ -127,6 +198,8 @@ def _spec(site: Site, config: LoraConfig, chosen: set[str]) -> LoraSpec | None:
     ranks = tuple(config.rank(name) if name in chosen else 0 for name in site.modules)
     if not any(ranks):
         return None
+    if site.linear.adapter is not None:
+        raise ValueError("the model carries an adapter already; merge it first, or load a fresh base")
     return LoraSpec(
         ranks,
         tuple(float(config.alpha(name)) for name in site.modules),
@@ -136,23 +209,26 @@ def _spec(site: Site, config: LoraConfig, chosen: set[str]) -> LoraSpec | None:
     )
 
 
+def _spread(site: Site, values: tuple) -> jax.Array:
+    """A value for each module, for each leading index of the weight."""
+    by_module = jnp.asarray(values).reshape(*site.stack, *(1,) * (len(site.shape) - 2))
+    return jnp.broadcast_to(by_module, site.linear.weight.get_value().shape[:-2])
+
+
 def _install(site: Site, spec: LoraSpec, A: jax.Array, B: jax.Array, magnitude: jax.Array | None) -> None:
-    """Put arrays with a leading layer axis on the site, cut as its weight is cut."""
+    """Put an adapter on the site, cut as its weight is cut."""
     linear, layout = site.linear, site.linear.layout
     squares = None
     if spec.use_dora:
         squares = row_squares(linear.weight.get_value())
-        squares = squares if site.stacked else squares[None]
         magnitude = jnp.sqrt(squares) if magnitude is None else magnitude
     layout_A = layout_B = None
     if layout is not None:
-        rows, columns = layout.stored
-        layout_A, layout_B = Layout(layout.mesh, P(None, columns)), Layout(layout.mesh, P(rows, None))
-        A, B = (jax.device_put(array, cut.stacked(cut.stored)) for array, cut in ((A, layout_A), (B, layout_B)))
+        *outer, rows, columns = layout.stored
+        layout_A, layout_B = Layout(layout.mesh, P(*outer, None, columns)), Layout(layout.mesh, P(*outer, rows, None))
+        A, B = (jax.device_put(array, cut.stacked(array.ndim)) for array, cut in ((A, layout_A), (B, layout_B)))
         if spec.use_dora:
-            by_row = layout_B.stacked(P(rows))
+            by_row = Layout(layout.mesh, P(rows)).stacked(squares.ndim)
             magnitude, squares = jax.device_put(magnitude, by_row), jax.device_put(squares, by_row)
-    if not site.stacked:
-        A, B = A[0], B[0]
-        magnitude, squares = (None, None) if magnitude is None else (magnitude[0], squares[0])
-    linear.adapter = LoRA(spec, A, B, magnitude, squares, layout_A, layout_B)
+    scale = _spread(site, jnp.asarray(spec.scales, jnp.float32))
+    linear.adapter = LoRA(spec, scale, A, B, magnitude, squares, layout_A, layout_B)

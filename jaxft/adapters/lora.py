@@ -23,7 +23,7 @@ from jaxft.sharding.layout import Layout
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Rank and alpha of every layer in a stack (one entry when there is no stack); rank 0: no adapter there."""
+    """Rank and alpha of every module in a stack (one entry when there is no stack); rank 0: no adapter there."""
 
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
@@ -49,15 +49,16 @@ class Frozen(nnx.Variable):
 
 
 class LoRA(nnx.Module):
-    """The adapter of one linear layer or of one stack of them.
+    """The adapter of one linear layer, of a stack of them, or of experts, who take its arrays and multiply themselves.
 
-    `A` [..., r, in], `B` [..., out, r] and, with DoRA, `magnitude` [..., out] are trained, in float32. The products
-    are computed in the dtype of the activations and accumulated in float32.
+    `A` [..., r, in], `B` [..., out, r] and, with DoRA, `magnitude` [..., out] are trained, in float32; `scale` [...] is
+    s. The products are computed in the dtype of the activations and accumulated in float32.
     """
 
     def __init__(
         self,
         spec: LoraSpec,
+        scale: jax.Array,
         A: jax.Array,
         B: jax.Array,
         magnitude: jax.Array | None = None,
@@ -67,8 +68,7 @@ class LoRA(nnx.Module):
     ):
         self.spec = spec
         self.A, self.B = Adapter(A), Adapter(B)
-        scales = jnp.asarray(spec.scales, jnp.float32)
-        self.scale = Frozen(scales if A.ndim == 3 else scales[0])
+        self.scale = Frozen(scale)
         self.magnitude = nnx.data(Adapter(magnitude) if spec.use_dora else None)
         self.row_squares = nnx.data(Frozen(row_squares) if spec.use_dora else None)
         self.layout_A, self.layout_B = layout_A, layout_B

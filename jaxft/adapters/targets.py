@@ -15,12 +15,14 @@ class LoraConfig:
         r, lora_alpha: rank and alpha where no pattern says otherwise.
         target_modules: names or suffixes of module names; or one regular expression for the whole name; or
             "all-linear": every linear layer but the output head.
+        target_parameters: names or suffixes of the parameters that hold the experts of a layer in one tensor.
         rank_pattern, alpha_pattern: regular expression for the end of a module name -> rank, alpha.
     """
 
     r: int
     lora_alpha: float
     target_modules: Sequence[str] | str = "all-linear"
+    target_parameters: Sequence[str] = ()
     exclude_modules: Sequence[str] | str | None = None
     layers_to_transform: Sequence[int] | None = None
     layers_pattern: Sequence[str] | None = None
@@ -30,28 +32,32 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
-    def select(self, modules: Iterable[str]) -> list[str]:
-        """The modules that get an adapter.
+    def select(self, modules: Iterable[str], parameters: Iterable[str] = ()) -> list[str]:
+        """The modules that get an adapter, and the parameters, in models that have such experts.
 
         Raises:
             ValueError: nothing matches, or a pattern or a listed name decides nothing; the message lists the names.
         """
-        modules = list(modules)
+        modules, parameters = list(modules), list(parameters)
         self._check_patterns()
         chosen = [name for name in modules if self._targets(name) and not _matches(self.exclude_modules, name)]
-        if not chosen:
+        if not chosen and not self.target_parameters:
             raise ValueError(
                 f"target_modules {self.target_modules!r} matches no linear layer; there are: {_summary(modules)}"
             )
-        if not isinstance(self.target_modules, str):
-            for target in self.target_modules:
-                if not any(_matches([target], name) for name in modules):
-                    raise ValueError(
-                        f"target_modules: {target!r} matches no linear layer; there are: {_summary(modules)}"
-                    )
+        listed = [] if isinstance(self.target_modules, str) else self.target_modules
+        for option, targets, names in (
+            ("target_modules", listed, modules),
+            ("target_parameters", self.target_parameters, parameters),
+        ):
+            for target in targets:
+                if not any(_matches([target], name) for name in names):
+                    what = "linear layer" if names is modules else "experts of one tensor"
+                    raise ValueError(f"{option}: {target!r} matches no {what}; there are: {_summary(names) or 'none'}")
+        chosen += [name for name in parameters if _matches(self.target_parameters, name)]
         for option in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, option):
-                if not any(_ends_with(pattern, name) for name in chosen):
+                if not any(ends_with(pattern, name) for name in chosen):
                     raise ValueError(f"{option}: {pattern!r} matches none of the targets: {_summary(chosen)}")
         return chosen
 
@@ -91,14 +97,15 @@ def _matches(targets: Sequence[str] | str | None, name: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _ends_with(pattern: str, name: str) -> bool:
+def ends_with(pattern: str, name: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` is for the module of that name."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _lookup(patterns: Mapping[str, float], module: str, default: float) -> float:
-    return next((value for pattern, value in patterns.items() if _ends_with(pattern, module)), default)
+    return next((value for pattern, value in patterns.items() if ends_with(pattern, module)), default)
 
 
 def _summary(modules: Iterable[str]) -> str:
-    """Module names with layer numbers folded: `model.layers.*.mlp.up_proj`."""
+    """Module names with numbers of layers and experts folded: `model.layers.*.mlp.up_proj`."""
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in modules))

@@ -22,7 +22,7 @@ from jaxft.models.config import DecoderConfig, Source
 from jaxft.models.decoder import Decoder, Parameter, Remat, describe, parameters
 from jaxft.models.families import decoder_config
 from jaxft.models.linear import Weight
-from jaxft.models.placement import bind
+from jaxft.models.placement import bind, check_mesh
 from jaxft.quantization.formats import parse_format
 from jaxft.quantization.qtensor import Format, QTensor, quantize
 from jaxft.sharding.layout import layout_of
@@ -58,7 +58,7 @@ def load_model(
         path: a model directory or a hub id.
         dtype: of stored weights and of activations, float32 or bfloat16.
         quantization: int8, int4 or nf4 for the linear layers except the output head; None keeps `dtype`.
-        mesh: devices to shard over, with axes data, fsdp, tensor (`jaxft.sharding.mesh.make_mesh`).
+        mesh: devices to shard over, with axes data, fsdp, expert, tensor (`jaxft.sharding.mesh.make_mesh`).
         revision: branch, tag or commit of a hub id.
         remat, scan_layers: see `Decoder`.
 
@@ -69,6 +69,8 @@ def load_model(
         raise ValueError(f"dtype is {dtype!r}; weights are stored in {' or '.join(DTYPES)} (or see `quantization`)")
     resolved = resolve_model(str(path), revision)
     config = decoder_config(read_json(resolved.path / "config.json"))
+    if mesh is not None:
+        check_mesh(config, mesh)
     checkpoint = Checkpoint.open(resolved.path)
     check_tensors(checkpoint, config)
     storage = jnp.dtype(dtype)
@@ -193,13 +195,18 @@ def _place(
     spec = None
     if mesh is not None:
         spec = layout_of(parameter.name, parameter.shape, mesh, form.block_in if form else 1).stored
+    whole_stack = None
+    if spec is not None:
+        inside = len(parameter.shape) - len(parameter.tensor_shape)  # 1 where each expert has a tensor of its own
+        whole_stack = P(*(None,) * (len(parameter.stack) - inside), *spec)
+        spec = P(*spec[inside:])
     stack = None
     for index, name in zip(np.ndindex(parameter.stack), parameter.names, strict=True):
         value = _encode(_read(checkpoint, parameter, name, mesh, spec), dtype, form, mesh, spec)
         if not parameter.stack:
             return value
         if stack is None:
-            stack = _empty_stack(value, parameter.stack, mesh, spec)
+            stack = _empty_stack(value, parameter.stack, mesh, whole_stack)
         position = tuple(map(jnp.int32, index))
         stack = jax.block_until_ready(_write(stack, value, position))
         checkpoint.release(name)
@@ -227,7 +234,7 @@ def _encode(x: jax.Array, dtype: jnp.dtype, form: Format | None, mesh: Mesh | No
 @partial(jax.jit, static_argnames=("axes", "mesh", "spec"))
 def _empty_stack(value: Weight, axes: tuple[int, ...], mesh: Mesh | None, spec: P | None) -> Weight:
     stack = jax.tree.map(lambda leaf: jnp.zeros((*axes, *leaf.shape), leaf.dtype), value)
-    return _cut(stack, mesh, None if spec is None else P(*(None,) * len(axes), *spec))
+    return _cut(stack, mesh, spec)
 
 
 @partial(jax.jit, donate_argnames="stack")

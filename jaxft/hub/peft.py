@@ -8,21 +8,22 @@ change the base) is refused.
 import json
 import re
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxft.adapters.attach import Factors, attach_factors, factors_of, sites
+from jaxft.adapters.attach import Factors, attach_factors, check_experts, factors_of, sites, targets_of
 from jaxft.adapters.targets import OUTPUT_HEAD, LoraConfig
 from jaxft.hub.checkpoint import Checkpoint, staged_in
 from jaxft.hub.load import read_json
+from jaxft.hub.peft_experts import PREFIX, flat, split, unflat, wrapper
 from jaxft.hub.safetensors import write_safetensors
 from jaxft.models.decoder import Decoder
 
 CONFIG_FILE, TENSOR_STEM = "adapter_config.json", "adapter_model"
-PREFIX = "base_model.model."
 FINGERPRINT = "jaxft_base_fingerprint"
 HEAD_COPY = f"{PREFIX}{OUTPUT_HEAD}.base_layer.weight"
 """PEFT adds the unchanged output head to an adapter that targets it."""
@@ -32,7 +33,6 @@ _HARMLESS_INIT = (True, False, None, "gaussian", "orthogonal", "eva")
 _UNSUPPORTED = (
     "modules_to_save",
     "trainable_token_indices",
-    "target_parameters",
     "layer_replication",
     "lora_bias",
     "alora_invocation_tokens",
@@ -57,19 +57,26 @@ def load_adapter(model: Decoder, directory: str | Path, *, check_base: bool = Tr
     checkpoint = Checkpoint.open(directory, stem=TENSOR_STEM)
     if check_base:
         _check_base(model, checkpoint, directory)
-    shapes = {name: tuple(shape) for site in sites(model) for name, shape in _module_shapes(site)}
+    shapes = {module: site.shape for site in sites(model) for module in site.modules}
     if read_json(directory / CONFIG_FILE).get("fan_in_fan_out") and not model.config.transposed:
         raise ValueError(f"{directory / CONFIG_FILE}: fan_in_fan_out is for GPT-2's layers; this base has none")
+    tensors = {name: checkpoint.read(name) for name in checkpoint.names()}
     try:
-        selected = config.select(shapes)
+        if config.target_parameters and model.config.experts and not model.config.experts.fused:
+            config, tensors = split(model, config, tensors)
+        selected = targets_of(model, config)
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG_FILE}: {error}") from error
-    found = _group_keys(checkpoint, directory, config)
-    _compare_modules(directory, set(found), set(selected), set(shapes))
+    found = _group_keys(tensors, directory, config, selected)
+    _compare_modules(directory, set(found), selected, set(shapes))
     _check_head_copy(model, checkpoint, directory)
     factors = {}
-    for module, parts in found.items():
-        factors[module] = Factors(**{part: np.asarray(checkpoint.read(key), np.float32) for part, key in parts.items()})
+    for module, keys in found.items():
+        experts = shapes[module][:-2]
+        parts = {part: np.asarray(tensors[key], np.float32) for part, key in keys.items()}
+        if experts:
+            parts = {part: unflat(part, value, *experts) for part, value in parts.items()}
+        factors[module] = Factors(**parts)
         _check_shapes(directory, module, factors[module], config.rank(module), shapes[module])
     return attach_factors(model, config, factors)
 
@@ -90,12 +97,13 @@ def read_adapter_config(directory: Path) -> LoraConfig:
             f"{path}: init_lora_weights={raw['init_lora_weights']!r} changes the base's weights; convert the adapter "
             "to plain LoRA first (in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
-    if not raw.get("target_modules"):
+    if not raw.get("target_modules") and not raw.get("target_parameters"):
         raise ValueError(f"{path}: target_modules is missing")
     return LoraConfig(
         r=raw.get("r", 8),
         lora_alpha=raw.get("lora_alpha", 8),
-        target_modules=raw["target_modules"],
+        target_modules=raw.get("target_modules") or [],
+        target_parameters=raw.get("target_parameters") or [],
         exclude_modules=raw.get("exclude_modules"),
         layers_to_transform=_as_list(raw.get("layers_to_transform")),
         layers_pattern=_as_list(raw.get("layers_pattern")),
@@ -111,17 +119,18 @@ def save_adapter(model: Decoder, directory: str | Path) -> Path:
     """Write the model's adapter as a PEFT directory, in float32. Returns the directory.
 
     Raises:
-        ValueError: the model carries no adapter.
+        ValueError: the model carries no adapter, or one that PEFT could not load.
     """
     factors = factors_of(model)
     if not factors:
         raise ValueError("the model carries no adapter to save")
+    check_experts(model)
     directory = Path(directory)
     tensors = {}
     for module, parts in factors.items():
         for suffix, part in _PARTS.items():
             if (value := getattr(parts, part)) is not None:
-                tensors[f"{PREFIX}{module}.{suffix}"] = value
+                tensors[f"{PREFIX}{wrapper(module, factors)}.{suffix}"] = flat(part, value)
     metadata = {"format": "pt"}
     if model.source is not None:
         metadata[FINGERPRINT] = model.source.fingerprint
@@ -154,7 +163,7 @@ def _adapter_config(model: Decoder, factors: dict[str, Factors]) -> dict[str, An
         "r": r,
         "lora_alpha": _plain(alpha),
         "lora_dropout": spec.dropout,
-        "target_modules": _target_modules(model, set(factors)),
+        "target_modules": _targets(model, set(factors), "target_modules"),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -167,17 +176,18 @@ def _adapter_config(model: Decoder, factors: dict[str, Factors]) -> dict[str, An
         "fan_in_fan_out": model.config.transposed,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_parameters": None,
+        "target_parameters": _targets(model, set(factors), "target_parameters") or None,
         "trainable_token_indices": None,
     }
 
 
-def _target_modules(model: Decoder, adapted: set[str]) -> list[str]:
+def _targets(model: Decoder, adapted: set[str], option: str) -> list[str]:
     """Short names where every linear layer of that name is adapted, whole module names elsewhere."""
     by_name: dict[str, list[str]] = {}
     for site in sites(model):
-        for module in site.modules:
-            by_name.setdefault(module.rsplit(".", 1)[-1], []).append(module)
+        for module in site.modules if site.target == option else ():
+            short = re.search(r"[^.]+$" if option == "target_modules" else r"[^.]+\.[^.]+$", module)[0]
+            by_name.setdefault(short, []).append(module)
     targets = []
     for name, modules in by_name.items():
         present = [module for module in modules if module in adapted]
@@ -185,18 +195,22 @@ def _target_modules(model: Decoder, adapted: set[str]) -> list[str]:
     return targets
 
 
-def _group_keys(checkpoint: Checkpoint, directory: Path, config: LoraConfig) -> dict[str, dict[str, str]]:
+def _group_keys(
+    tensors: Collection[str], directory: Path, config: LoraConfig, selected: set[str]
+) -> dict[str, dict[str, str]]:
     """module -> part -> tensor name; every key must be understood, every module complete."""
+    modules = {wrapper(module, selected): module for module in selected}
     found: dict[str, dict[str, str]] = {}
     strange = []
-    for key in checkpoint.names():
+    for key in tensors:
         if key == HEAD_COPY:
             continue
         suffix = next((suffix for suffix in _PARTS if key.endswith(f".{suffix}")), None)
         if suffix is None or not key.startswith(PREFIX):
             strange.append(key)
         else:
-            found.setdefault(key[len(PREFIX) : -len(suffix) - 1], {})[_PARTS[suffix]] = key
+            name = key[len(PREFIX) : -len(suffix) - 1]
+            found.setdefault(modules.get(name, name), {})[_PARTS[suffix]] = key
     if strange:
         raise ValueError(
             f"{directory}: tensors that are no part of a LoRA on linear layers: {', '.join(sorted(strange)[:6])} "
@@ -223,13 +237,9 @@ def _compare_modules(directory: Path, found: set[str], selected: set[str], known
             raise ValueError(f"{directory}: {problem}: {', '.join(shown[:6])}{', ...' if len(shown) > 6 else ''}")
 
 
-def _module_shapes(site) -> list[tuple[str, tuple[int, int]]]:
-    return [(module, site.linear.weight.get_value().shape[-2:]) for module in site.modules]
-
-
-def _check_shapes(directory: Path, module: str, factors: Factors, rank: int, shape: tuple[int, int]) -> None:
-    out_features, in_features = shape
-    expected = {"A": (rank, in_features), "B": (out_features, rank), "magnitude": (out_features,)}
+def _check_shapes(directory: Path, module: str, factors: Factors, rank: int, shape: tuple[int, ...]) -> None:
+    *experts, out_features, in_features = shape
+    expected = {"A": (*experts, rank, in_features), "B": (*experts, out_features, rank), "magnitude": (out_features,)}
     for part, value in factors._asdict().items():
         if value is not None and value.shape != expected[part]:
             raise ValueError(

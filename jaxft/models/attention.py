@@ -29,10 +29,12 @@ class LayerCache(NamedTuple):
 
 class Attention(nnx.Module):
     """Self-attention of one layer: `q_proj`, `k_proj`, `v_proj` (or `qkv_proj`, which gives one after the other),
-    `o_proj` and, with `qk_norm`, `q_norm` and `k_norm`. Projections are laid out as in Hugging Face.
+    `o_proj` and, with `qk_norm`, `q_norm` and `k_norm`. Projections are laid out as in Hugging Face. `sinks` [N] are
+    scores of their own.
     """
 
-    def __init__(self, config: DecoderConfig, spec: LayerSpec, **parts: Linear | Norm):
+    def __init__(self, config: DecoderConfig, spec: LayerSpec, sinks: jax.Array | None, **parts: Linear | Norm):
+        self.sinks = nnx.data(None if sinks is None else nnx.Param(sinks))
         for name, part in parts.items():
             setattr(self, name, part)
         self.config, self.spec = config, spec
@@ -58,7 +60,7 @@ class Attention(nnx.Module):
                 *(jax.lax.dynamic_update_slice(c, n.astype(c.dtype), start) for c, n in zip(cache, (k, v), strict=True))
             )
             k, v = (c.astype(x.dtype) for c in cache)
-        out = attend(q, k, v, reach, self.rule)
+        out = attend(q, k, v, reach, self.rule, sinks=None if self.sinks is None else self.sinks[...])
         return self.o_proj(out.reshape(*x.shape[:2], -1), keys[3]), cache
 
     def _projections(self, x: jax.Array, keys: list[jax.Array | None]) -> list[jax.Array]:

@@ -48,10 +48,19 @@ class Rule(NamedTuple):
     softcap: float | None = None
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach, rule: Rule, block: int = BLOCK) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    reach: Reach,
+    rule: Rule,
+    block: int = BLOCK,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
     """softmax(scale q kᵀ) v for q [B, T, N, H], k and v [B, S, K, H]: [B, T, N, H].
 
-    Scores and softmax are float32. Every query must see at least one key; its own is enough.
+    Scores and softmax are float32. Every query must see at least one key; its own is enough. `sinks` [N] are a score
+    for each head that stands beside those of the keys and has no value.
     """
     rule = rule._replace(scale=1 / math.sqrt(q.shape[-1]) if rule.scale is None else rule.scale)
     batch, length, heads, head_dim = q.shape
@@ -66,6 +75,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach, rule: Rule, b
         _cut(jnp.moveaxis(grouped, 1, 3), 3, q_blocks),
         _cut(jnp.moveaxis(k, 1, 2), 2, k_blocks),
         _cut(jnp.moveaxis(v, 1, 2), 2, k_blocks),
+        None if sinks is None else sinks.astype(jnp.float32).reshape(k.shape[2], -1),
         cut,
         rule,
     )
@@ -73,13 +83,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach, rule: Rule, b
     return out[:, :length]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach, rule: Rule) -> jax.Array:
-    """q [n, B, K, G, b, H], k and v [m, B, K, b, H], in n and m blocks: [n, B, K, G, b, H]."""
-    return _forward(q, k, v, reach, rule)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, reach: Reach, rule: Rule) -> jax.Array:
+    """q [n, B, K, G, b, H], k and v [m, B, K, b, H], in n and m blocks, sinks [K, G]: [n, B, K, G, b, H]."""
+    return _forward(q, k, v, sinks, reach, rule)[0]
 
 
-def _forward(q, k, v, reach, rule):
+def _forward(q, k, v, sinks, reach, rule):
     def one_block_of_queries(_, i):
         def fold(j, running):
             highest, total, out = running
@@ -92,17 +102,20 @@ def _forward(q, k, v, reach, rule):
             return new_highest, total * shrink + weights.sum(axis=-1), out * shrink[..., None] + more
 
         rows = q.shape[1:5]
-        start = (jnp.full(rows, HIDDEN), jnp.zeros(rows), jnp.zeros((*rows, q.shape[5])))
+        highest, total = jnp.full(rows, HIDDEN), jnp.zeros(rows)
+        if sinks is not None:
+            highest, total = jnp.broadcast_to(sinks[..., None], rows), jnp.ones(rows)
+        start = highest, total, jnp.zeros((*rows, q.shape[5]))
         highest, total, out = jax.lax.fori_loop(*_seen_from(reach, rule.window, q, k, i), fold, start)
         return None, ((out / total[..., None]).astype(q.dtype), highest + jnp.log(total))
 
     _, (out, log_total) = jax.lax.scan(one_block_of_queries, None, jnp.arange(q.shape[0]))
-    return out, (q, k, v, reach, out, log_total)
+    return out, (q, k, v, sinks, reach, out, log_total)
 
 
 def _backward(rule, residuals, d_out):
     """Scores are computed as keys x queries, so that each product takes the large operand as it lies."""
-    q, k, v, reach, out, log_total = residuals
+    q, k, v, sinks, reach, out, log_total = residuals
     along = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [n, B, K, G, b]
 
     def one_block_of_queries(carry, i):
@@ -128,7 +141,10 @@ def _backward(rule, residuals, d_out):
 
     start = jnp.zeros(k.shape), jnp.zeros(v.shape)
     (d_k, d_v), d_q = jax.lax.scan(one_block_of_queries, start, jnp.arange(q.shape[0]))
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    d_sinks = None
+    if sinks is not None:
+        d_sinks = -jnp.sum(jnp.exp(sinks[..., None] - log_total) * along, axis=(0, 1, 4))
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), d_sinks, None
 
 
 _attend.defvjp(_forward, _backward)

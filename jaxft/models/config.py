@@ -38,22 +38,42 @@ class BlockNorms:
 
 
 @dataclass(frozen=True)
+class Clamp:
+    """The gate of gpt-oss: gate * sigmoid(alpha gate) * (up + 1), where |up| and gate are at most `limit`."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in place of the feed-forward (arXiv 1701.06538): a router chooses a few for each token.
+    """A mixture of experts in place of the feed-forward: a router chooses a few for each token.
 
     Attributes:
         count: experts of a layer.
         per_token: how many of them see a token.
         intermediate_size: of each.
-        fused: the checkpoint keeps all experts of a layer in one tensor; else each has its own.
+        normalized: the shares of those chosen add up to one.
+        router_bias, bias: of the router and of the experts' projections.
+        shared_size: intermediate size of an expert that sees every token, weighted by a gate of its own.
+        clamp: in place of the activation.
+        fused: the checkpoint keeps all experts of a layer in one tensor, gate and up row by row in turn; else each
+            expert has its own tensors.
         transposed: their projections are [..., in, out] there.
+        adapters: the option of PEFT's `LoraConfig` that puts adapters on them; None: there is none that works.
     """
 
     count: int
     per_token: int
     intermediate_size: int
+    normalized: bool = True
+    router_bias: bool = False
+    bias: bool = False
+    shared_size: int | None = None
+    clamp: Clamp | None = None
     fused: bool = False
     transposed: bool = False
+    adapters: Literal["target_modules", "target_parameters"] | None = "target_modules"
 
 
 @dataclass(frozen=True)
@@ -80,10 +100,12 @@ class LayerSpec:
     Attributes:
         window: a query sees the last `window` keys, itself included.
         rope: which of the config's rotary embeddings, or none.
+        sparse: a mixture of experts is its feed-forward.
     """
 
     window: int | None = None
     rope: Literal["global", "local"] | None = "global"
+    sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +136,7 @@ class DecoderConfig:
         fused_gate_up: one projection gives the gate and what it gates.
         gated_mlp: down(act(gate(x)) * up(x)), else down(act(up(x))).
         attention_scale: of scores; 1/√head_dim when absent.
+        attention_sinks: each head has a learned score that takes its share of the softmax and has no value.
         attention_softcap, logits_softcap: c tanh(x / c) of scores and of logits.
         embedding_scale, residual_scale, logits_scale: factors on embeddings, on what a half of a layer adds, on logits.
         local_rope: of the layers whose spec asks for it.
@@ -146,6 +169,7 @@ class DecoderConfig:
     fused_gate_up: bool = False
     gated_mlp: bool = True
     attention_scale: float | None = None
+    attention_sinks: bool = False
     attention_softcap: float | None = None
     logits_softcap: float | None = None
     embedding_scale: float = 1.0

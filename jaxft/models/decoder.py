@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from jaxft.models.attention import LayerCache
 from jaxft.models.blockwise import Reach
 from jaxft.models.config import DecoderConfig, LayerSpec, Source
+from jaxft.models.experts import Balance
 from jaxft.models.layer import Layer, norm
 from jaxft.models.linear import Linear, Weight, matmul
 from jaxft.models.rope import rotary_angles
@@ -191,15 +192,25 @@ class Decoder(nnx.Module):
             segments: [B, T] int32: tokens see their own segment only; 0 is padding. One segment when absent.
             key: turns on adapter dropout.
         """
-        h, _ = self._run(tokens, positions, Reach(jnp.int32(0), segments, segments), None, key)
-        return h
+        return self.hidden_and_balance(tokens, positions, segments, key)[0]
+
+    def hidden_and_balance(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[Balance]]:
+        """What `hidden` gives, and how the routers shared out the tokens, for each stack of layers that has them."""
+        h, _, balances = self._run(tokens, positions, Reach(jnp.int32(0), segments, segments), None, key)
+        return h, balances
 
     def extend(
         self, cache: Cache, tokens: jax.Array, positions: jax.Array, segments: jax.Array
     ) -> tuple[jax.Array, Cache]:
         """Write the next tokens [B, T] into the cache; their final hidden states [B, T, D] and the new cache."""
         written = jax.lax.dynamic_update_slice(cache.segments, segments, (jnp.int32(0), cache.length))
-        h, layers = self._run(tokens, positions, Reach(cache.length, segments, written), cache.layers, None)
+        h, layers, _ = self._run(tokens, positions, Reach(cache.length, segments, written), cache.layers, None)
         return h, Cache(layers, written, cache.length + tokens.shape[1])
 
     def empty_cache(self, batch: int, length: int) -> Cache:
@@ -234,26 +245,28 @@ class Decoder(nnx.Module):
         if c.learned_positions is not None:
             h = h + self.model.embed_positions(positions, self.dtype)
         h = self._constrained(h)
-        new_caches = []
+        new_caches, balances = [], []
         for index, (group, stacks) in enumerate(zip(self.config.groups, self.model.layers, strict=True)):
 
             def pattern(h, per_repeat):
                 layers, layer_caches, layer_key = per_repeat
-                new = []
+                new, routed = [], []
                 for position, layer in enumerate(layers):
                     drop = None if layer_key is None else jax.random.fold_in(layer_key, position)
                     layer_cache = None if layer_caches is None else layer_caches[position]
-                    h, layer_cache = layer(h, angles, reach, layer_cache, drop)
+                    h, layer_cache, balance = layer(h, angles, reach, layer_cache, drop)
                     h = self._constrained(h)
                     new.append(layer_cache)
-                return h, new
+                    routed.append(balance)
+                return h, (new, routed)
 
             keys = None if key is None else jax.random.split(jax.random.fold_in(key, index), group.repeats)
             cache = None if caches is None else caches[index]
             body = _rematerialised(pattern, self.remat, self.scan_layers)
-            h, new_cache = jax.lax.scan(body, h, (list(stacks), cache, keys), unroll=not self.scan_layers)
-            new_caches.append(new_cache)
-        return self.model.norm(h), new_caches
+            h, (new, routed) = jax.lax.scan(body, h, (list(stacks), cache, keys), unroll=not self.scan_layers)
+            new_caches.append(new)
+            balances += [balance for balance in routed if balance is not None]
+        return self.model.norm(h), new_caches, balances
 
     def _constrained(self, h: jax.Array) -> jax.Array:
         return h if self.activations is None else jax.lax.with_sharding_constraint(h, self.activations)
@@ -292,7 +305,7 @@ def initialize(config: DecoderConfig, key: jax.Array, dtype: jnp.dtype = jnp.flo
     def draw(parameter: Parameter) -> jax.Array:
         nonlocal key
         shape = parameter.stacked_shape
-        if parameter.name.endswith("bias"):
+        if parameter.name.endswith(("bias", "sinks")):
             return jnp.zeros(shape, jnp.float32)
         if len(parameter.shape) == 1:
             return jnp.full(shape, 0.0 if config.norm == "rms_offset" else 1.0, jnp.float32)

@@ -2,22 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from jaxft.models.config import BlockNorms, DecoderConfig, LayerSpec
-from jaxft.models.rope_config import parse_rope
+from jaxft.models.config import BlockNorms, Clamp, DecoderConfig, Experts, LayerSpec
+from jaxft.models.family_fields import biases, shared, typed_layers
 
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -70,31 +61,31 @@ def _reason(error: Exception) -> str:
 
 
 def _llama(hf: PreTrainedConfig) -> DecoderConfig:
-    return _shared(hf, **_biases(hf), mlp_bias=hf.mlp_bias)
+    return shared(hf, **biases(hf), mlp_bias=hf.mlp_bias)
 
 
 def _mistral(hf: PreTrainedConfig) -> DecoderConfig:
-    return _shared(hf, layers=(LayerSpec(hf.sliding_window),) * hf.num_hidden_layers)
+    return shared(hf, layers=(LayerSpec(hf.sliding_window),) * hf.num_hidden_layers)
 
 
 def _qwen2(hf: PreTrainedConfig) -> DecoderConfig:
-    return _shared(hf, qkv_bias=True, layers=_typed_layers(hf))
+    return shared(hf, qkv_bias=True, layers=typed_layers(hf))
 
 
 def _qwen3(hf: PreTrainedConfig) -> DecoderConfig:
-    return _shared(hf, **_biases(hf), qk_norm="head", layers=_typed_layers(hf))
+    return shared(hf, **biases(hf), qk_norm="head", layers=typed_layers(hf))
 
 
 def _smollm3(hf: PreTrainedConfig) -> DecoderConfig:
     layers = tuple(
         replace(spec, rope="global" if turns else None)
-        for spec, turns in zip(_typed_layers(hf), hf.no_rope_layers, strict=True)
+        for spec, turns in zip(typed_layers(hf), hf.no_rope_layers, strict=True)
     )
-    return _shared(hf, **_biases(hf), mlp_bias=hf.mlp_bias, layers=layers)
+    return shared(hf, **biases(hf), mlp_bias=hf.mlp_bias, layers=layers)
 
 
 def _gemma(hf: PreTrainedConfig, **more: Any) -> DecoderConfig:
-    return _shared(hf, **_biases(hf), norm="rms_offset", embedding_scale=hf.hidden_size**0.5, **more)
+    return shared(hf, **biases(hf), norm="rms_offset", embedding_scale=hf.hidden_size**0.5, **more)
 
 
 _SANDWICH = BlockNorms(
@@ -108,7 +99,7 @@ def _gemma2(hf: PreTrainedConfig, **more: Any) -> DecoderConfig:
         block_norms=_SANDWICH,
         attention_scale=hf.query_pre_attn_scalar**-0.5,
         logits_softcap=hf.final_logit_softcapping,
-        **{"layers": _typed_layers(hf), "attention_softcap": hf.attn_logit_softcapping} | more,
+        **{"layers": typed_layers(hf), "attention_softcap": hf.attn_logit_softcapping} | more,
     )
 
 
@@ -116,14 +107,14 @@ def _gemma3(hf: PreTrainedConfig) -> DecoderConfig:
     if hf.use_bidirectional_attention:
         raise ValueError("config.json: use_bidirectional_attention is set; only causal models can be trained")
     # Its config has an attention softcap, too, but no code that applies it.
-    layers = _typed_layers(hf, sliding_rope="local")
+    layers = typed_layers(hf, sliding_rope="local")
     return _gemma2(hf, qk_norm="head", layers=layers, attention_softcap=None)
 
 
 def _granite(hf: PreTrainedConfig) -> DecoderConfig:
-    return _shared(
+    return shared(
         hf,
-        **_biases(hf),
+        **biases(hf),
         mlp_bias=hf.mlp_bias,
         attention_scale=float(hf.attention_multiplier),
         embedding_scale=float(hf.embedding_multiplier),
@@ -134,18 +125,18 @@ def _granite(hf: PreTrainedConfig) -> DecoderConfig:
 
 def _olmo2(hf: PreTrainedConfig, **more: Any) -> DecoderConfig:
     after = BlockNorms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
-    return _shared(hf, **_biases(hf), qk_norm="projection", block_norms=after, **more)
+    return shared(hf, **biases(hf), qk_norm="projection", block_norms=after, **more)
 
 
 def _olmo3(hf: PreTrainedConfig) -> DecoderConfig:
-    return _olmo2(hf, layers=_typed_layers(hf, sliding_rope="local"))
+    return _olmo2(hf, layers=typed_layers(hf, sliding_rope="local"))
 
 
 def _cohere2(hf: PreTrainedConfig) -> DecoderConfig:
-    layers = tuple(replace(spec, rope=spec.window and "global") for spec in _typed_layers(hf))
-    return _shared(
+    layers = tuple(replace(spec, rope=spec.window and "global") for spec in typed_layers(hf))
+    return shared(
         hf,
-        **_biases(hf),
+        **biases(hf),
         norm="layer",
         norm_eps=hf.layer_norm_eps,
         block_norms=BlockNorms("input_layernorm", None, None, None),
@@ -158,18 +149,18 @@ def _cohere2(hf: PreTrainedConfig) -> DecoderConfig:
 
 def _glm4(hf: PreTrainedConfig) -> DecoderConfig:
     norms = BlockNorms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
-    return _shared(hf, qkv_bias=hf.attention_bias, block_norms=norms, fused_gate_up=True, interleaved=True)
+    return shared(hf, qkv_bias=hf.attention_bias, block_norms=norms, fused_gate_up=True, interleaved=True)
 
 
 def _phi3(hf: PreTrainedConfig) -> DecoderConfig:
     layers = (LayerSpec(hf.sliding_window),) * hf.num_hidden_layers
-    return _shared(hf, fused_qkv="in turn", fused_gate_up=True, layers=layers)
+    return shared(hf, fused_qkv="in turn", fused_gate_up=True, layers=layers)
 
 
 def _starcoder2(hf: PreTrainedConfig) -> DecoderConfig:
-    return _shared(
+    return shared(
         hf,
-        **_biases(hf, "use_bias"),
+        **biases(hf, "use_bias"),
         mlp_bias=hf.use_bias,
         norm="layer_bias",
         norm_eps=hf.norm_epsilon,
@@ -186,7 +177,7 @@ def _gpt2(hf: PreTrainedConfig) -> DecoderConfig:
     hf.hidden_act = hf.activation_function
     hf.intermediate_size = hf.n_inner or 4 * hf.hidden_size
     hf.rope_parameters = {"rope_theta": 1.0}  # there is none; positions are learned
-    return _shared(
+    return shared(
         hf,
         qkv_bias=True,
         o_bias=True,
@@ -215,9 +206,9 @@ def _gpt2(hf: PreTrainedConfig) -> DecoderConfig:
 
 
 def _gpt_neox(hf: PreTrainedConfig) -> DecoderConfig:
-    return _shared(
+    return shared(
         hf,
-        **_biases(hf),
+        **biases(hf),
         mlp_bias=True,
         norm="layer_bias",
         norm_eps=hf.layer_norm_eps,
@@ -237,6 +228,76 @@ def _gpt_neox(hf: PreTrainedConfig) -> DecoderConfig:
     )
 
 
+def _some_sparse(hf: PreTrainedConfig, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
+    """The layers, those with experts marked: each `decoder_sparse_step`-th, unless `mlp_only_layers` excepts it."""
+
+    def is_sparse(layer: int) -> bool:
+        return layer not in hf.mlp_only_layers and (layer + 1) % hf.decoder_sparse_step == 0
+
+    return tuple(replace(spec, sparse=is_sparse(layer)) for layer, spec in enumerate(layers))
+
+
+def _qwen_experts(hf: PreTrainedConfig, **more: Any) -> Experts:
+    sizes = hf.num_experts, hf.num_experts_per_tok, hf.moe_intermediate_size
+    return Experts(*sizes, normalized=hf.norm_topk_prob, **more)
+
+
+def _qwen2_moe(hf: PreTrainedConfig) -> DecoderConfig:
+    # PEFT drops adapters on these experts without a word.
+    experts = _qwen_experts(hf, shared_size=hf.shared_expert_intermediate_size, adapters=None)
+    layers = _some_sparse(hf, typed_layers(hf))
+    return shared(hf, qkv_bias=hf.qkv_bias, layers=layers, experts=experts, renames=_QWEN_ROUTER)
+
+
+def _qwen3_moe(hf: PreTrainedConfig) -> DecoderConfig:
+    layers = _some_sparse(hf, (LayerSpec(hf.sliding_window),) * hf.num_hidden_layers)
+    more = dict(layers=layers, experts=_qwen_experts(hf), renames=_QWEN_ROUTER)
+    return shared(hf, **biases(hf), qk_norm="head", **more)
+
+
+_QWEN_ROUTER = (("mlp.router", "mlp.gate"),)
+
+
+def _mixtral(hf: PreTrainedConfig) -> DecoderConfig:
+    return shared(
+        hf,
+        layers=(LayerSpec(hf.sliding_window, sparse=True),) * hf.num_hidden_layers,
+        experts=Experts(hf.num_local_experts, hf.num_experts_per_tok, hf.intermediate_size),
+        renames=(
+            ("mlp.router", "block_sparse_moe.gate"),
+            ("mlp.experts", "block_sparse_moe.experts"),
+            ("experts.%.gate_proj", "experts.%.w1"),
+            ("experts.%.down_proj", "experts.%.w2"),
+            ("experts.%.up_proj", "experts.%.w3"),
+        ),
+    )
+
+
+def _gpt_oss(hf: PreTrainedConfig) -> DecoderConfig:
+    return shared(
+        hf,
+        **biases(hf),
+        attention_sinks=True,
+        layers=tuple(replace(spec, sparse=True) for spec in typed_layers(hf)),
+        experts=Experts(
+            hf.num_local_experts,
+            hf.num_experts_per_tok,
+            hf.intermediate_size,
+            router_bias=True,
+            bias=True,
+            clamp=Clamp(hf.swiglu_alpha, hf.swiglu_limit),
+            fused=True,
+            transposed=True,
+            adapters="target_parameters",
+        ),
+        renames=tuple(
+            (f"experts.{name}_proj.{ours}", f"experts.{name}_proj{theirs}")
+            for name in ("gate_up", "down")
+            for ours, theirs in (("weight", ""), ("bias", "_bias"))
+        ),
+    )
+
+
 FAMILIES: dict[str, Callable[[PreTrainedConfig], DecoderConfig]] = {
     "cohere2": _cohere2,
     "gemma": _gemma,
@@ -245,62 +306,18 @@ FAMILIES: dict[str, Callable[[PreTrainedConfig], DecoderConfig]] = {
     "glm4": _glm4,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
+    "gpt_oss": _gpt_oss,
     "granite": _granite,
     "llama": _llama,
     "mistral": _mistral,
+    "mixtral": _mixtral,
     "olmo2": _olmo2,
     "olmo3": _olmo3,
     "phi3": _phi3,
     "qwen2": _qwen2,
+    "qwen2_moe": _qwen2_moe,
     "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
     "smollm3": _smollm3,
     "starcoder2": _starcoder2,
 }
-
-
-def _shared(
-    hf: PreTrainedConfig,
-    *,
-    layers: tuple[LayerSpec, ...] | None = None,
-    norm_eps: float | None = None,
-    interleaved: bool = False,
-    **more: Any,
-) -> DecoderConfig:
-    """What nearly all families name alike, and `more` fields of `DecoderConfig`."""
-    activation = getattr(hf, "hidden_activation", None) or hf.hidden_act
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"config.json: hidden_act {activation!r} is not one of {', '.join(_ACTIVATIONS)}")
-    kv_heads = getattr(hf, "num_key_value_heads", hf.num_attention_heads)
-    if hf.num_attention_heads % kv_heads:
-        raise ValueError(
-            f"config.json: num_attention_heads, {hf.num_attention_heads}, is not a multiple of "
-            f"num_key_value_heads, {kv_heads}"
-        )
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    by_type = "full_attention" in hf.rope_parameters
-    rope = partial(parse_rope, head_dim=head_dim, max_positions=hf.max_position_embeddings, interleaved=interleaved)
-    return DecoderConfig(
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        intermediate_size=hf.intermediate_size,
-        num_heads=hf.num_attention_heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        layers=layers or (LayerSpec(),) * hf.num_hidden_layers,
-        rope=rope(hf.rope_parameters["full_attention"] if by_type else hf.rope_parameters),
-        local_rope=rope(hf.rope_parameters["sliding_attention"]) if by_type else None,
-        norm_eps=hf.rms_norm_eps if norm_eps is None else norm_eps,
-        activation=_ACTIVATIONS[activation],
-        tie_word_embeddings=hf.tie_word_embeddings,
-        **more,
-    )
-
-
-def _biases(hf: PreTrainedConfig, key: str = "attention_bias") -> dict[str, bool]:
-    return {"qkv_bias": getattr(hf, key), "o_bias": getattr(hf, key)}
-
-
-def _typed_layers(hf: PreTrainedConfig, sliding_rope: Literal["global", "local"] = "global") -> tuple[LayerSpec, ...]:
-    """Layers of `layer_types`: those that slide have a window, and in some families a rotary embedding of their own."""
-    sliding = LayerSpec(hf.sliding_window, sliding_rope)
-    return tuple(sliding if kind == "sliding_attention" else LayerSpec() for kind in hf.layer_types)

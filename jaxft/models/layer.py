@@ -13,6 +13,7 @@ from flax import nnx
 from jaxft.models.attention import Angles, Attention, LayerCache
 from jaxft.models.blockwise import Reach
 from jaxft.models.config import DecoderConfig, LayerSpec
+from jaxft.models.experts import Balance, ExpertLinear, Experts, Mixture, Router
 from jaxft.models.linear import Linear, Weight
 from jaxft.models.mlp import MLP
 from jaxft.models.norms import Norm
@@ -46,18 +47,19 @@ class Layer(nnx.Module):
             spec,
             **projections("self_attn", sizes, c.qkv_bias),
             o_proj=linear("self_attn.o_proj", c.hidden_size, q_size, c.o_bias),
+            sinks=make("self_attn.sinks", c.num_heads) if c.attention_sinks else None,
             **{name: norm(c, make, f"self_attn.{name}", size) for name, size in normed[c.qk_norm].items()},
         )
-        inner = c.intermediate_size
-        if c.fused_gate_up:
-            sizes = {"gate_up_proj": 2 * inner}
-        else:
-            sizes = {"gate_proj": inner, "up_proj": inner} if c.gated_mlp else {"up_proj": inner}
-        self.mlp = MLP(
-            c.activation,
-            **projections("mlp", sizes, c.mlp_bias),
-            down_proj=linear("mlp.down_proj", c.hidden_size, inner, c.mlp_bias),
-        )
+
+        def feed_forward(block: str, inner: int) -> MLP:
+            if c.fused_gate_up:
+                sizes = {"gate_up_proj": 2 * inner}
+            else:
+                sizes = {"gate_proj": inner, "up_proj": inner} if c.gated_mlp else {"up_proj": inner}
+            down_proj = linear(f"{block}.down_proj", c.hidden_size, inner, c.mlp_bias)
+            return MLP(c.activation, down_proj, **projections(block, sizes, c.mlp_bias))
+
+        self.mlp = mixture(c, make, linear, feed_forward) if spec.sparse else feed_forward("mlp", c.intermediate_size)
         for name in filter(None, astuple(c.block_norms)):
             setattr(self, name, norm(c, make, name, c.hidden_size))
 
@@ -68,26 +70,55 @@ class Layer(nnx.Module):
         reach: Reach,
         cache: LayerCache | None,
         key: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """h [B, T, D] -> [B, T, D], and the layer's new cache."""
+    ) -> tuple[jax.Array, LayerCache | None, Balance | None]:
+        """h [B, T, D] -> [B, T, D], the layer's new cache, and how its router, if any, shared out the tokens."""
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         norms, scale = self.config.block_norms, jnp.asarray(self.config.residual_scale, h.dtype)
 
         def normed(name: str | None, x: jax.Array) -> jax.Array:
             return x if name is None else getattr(self, name)(x)
 
+        def feed(x: jax.Array) -> tuple[jax.Array, Balance | None]:
+            if isinstance(self.mlp, Mixture):
+                return self.mlp(x, reach.query_segments, mlp_key)
+            return self.mlp(x, mlp_key), None
+
         start = normed(norms.attention_in, h)
         mixed, cache = self.self_attn(start, angles, reach, cache, attention_key)
         mixed = normed(norms.attention_out, mixed)
         if self.config.parallel:
-            start = start if norms.mlp_in is None else normed(norms.mlp_in, h)
-            return h + scale * (mixed + self.mlp(start, mlp_key)), cache
+            fed, balance = feed(start if norms.mlp_in is None else normed(norms.mlp_in, h))
+            return h + scale * (mixed + fed), cache, balance
         h = h + scale * mixed
-        fed = self.mlp(normed(norms.mlp_in, h), mlp_key)
-        return h + scale * normed(norms.mlp_out, fed), cache
+        fed, balance = feed(normed(norms.mlp_in, h))
+        return h + scale * normed(norms.mlp_out, fed), cache, balance
 
 
 def norm(config: DecoderConfig, make: Make, name: str, size: int) -> Norm:
     """The config's kind of norm over `size` features."""
     bias = make(f"{name}.bias", size) if config.norm == "layer_bias" else None
     return Norm(config.norm, make(f"{name}.weight", size), bias, config.norm_eps)
+
+
+def mixture(
+    config: DecoderConfig, make: Make, linear: Callable[..., Linear], feed_forward: Callable[[str, int], MLP]
+) -> Mixture:
+    """Router, experts, and where the config has one the expert that sees every token."""
+    c, e = config, config.experts
+
+    def projection(name: str, features_out: int, features_in: int) -> ExpertLinear:
+        weight = make(f"mlp.experts.{name}.weight", e.count, features_out, features_in)
+        return ExpertLinear(weight, make(f"mlp.experts.{name}.bias", e.count, features_out) if e.bias else None)
+
+    inner = e.intermediate_size
+    sizes = {"gate_up_proj": 2 * inner} if e.fused else {"gate_proj": inner, "up_proj": inner}
+    projections = {name: projection(name, size, c.hidden_size) for name, size in sizes.items()}
+    shared = None
+    if e.shared_size is not None:
+        gate = linear("mlp.shared_expert_gate", 1, c.hidden_size, False)
+        shared = feed_forward("mlp.shared_expert", e.shared_size), gate
+    weight = make("mlp.router.weight", e.count, c.hidden_size)
+    router = Router(weight, make("mlp.router.bias", e.count) if e.router_bias else None)
+    return Mixture(
+        c, router, Experts(c, **projections, down_proj=projection("down_proj", c.hidden_size, inner)), shared
+    )

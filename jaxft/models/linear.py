@@ -41,7 +41,7 @@ def matmul(x: jax.Array, weight: Weight, layout: Layout | None = None, out_dtype
         layout: how the weight is sharded.
         out_dtype: of the result; x's when absent.
     """
-    y = _contract(x, _ready(weight, x.dtype, layout), (x.ndim - 1,), (1,))
+    y = contract(x, _ready(weight, x.dtype, layout), (x.ndim - 1,), (1,))
     return y.astype(out_dtype or x.dtype)
 
 
@@ -52,7 +52,7 @@ def _forward(x, weight, layout, out_dtype):
 def _backward(layout, out_dtype, residuals, dy):
     x, weight = residuals
     dy = dy.astype(x.dtype)
-    dx = _contract(dy, _ready(weight, x.dtype, layout), (dy.ndim - 1,), (0,)).astype(x.dtype)
+    dx = contract(dy, _ready(weight, x.dtype, layout), (dy.ndim - 1,), (0,)).astype(x.dtype)
     if isinstance(weight, QTensor):
         return dx, None
     return dx, _outer(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])).astype(weight.dtype)
@@ -64,8 +64,8 @@ matmul.defvjp(_forward, _backward)
 def _outer(dy: jax.Array, x: jax.Array) -> jax.Array:
     """dyᵀ x for dy [rows, out] and x [rows, in]: [out, in]. Transposes the narrower of the two, often a rank wide."""
     if dy.shape[1] <= x.shape[1]:
-        return _contract(as_stored(dy.T), x, (1,), (0,))
-    return as_stored(_contract(as_stored(x.T), dy, (1,), (0,))).T
+        return contract(as_stored(dy.T), x, (1,), (0,))
+    return as_stored(contract(as_stored(x.T), dy, (1,), (0,))).T
 
 
 def as_stored(x: jax.Array) -> jax.Array:
@@ -77,7 +77,7 @@ def as_stored(x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
-def _contract(a: jax.Array, b: jax.Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -> jax.Array:
+def contract(a: jax.Array, b: jax.Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -> jax.Array:
     """Contract without transposing either operand: XLA's CPU and GPU kernels take the layouts as they are."""
     return jax.lax.dot_general(
         a, b, ((a_axes, b_axes), ((), ())), precision=precision(a.dtype), preferred_element_type=jnp.float32

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxft.models.config import Clamp
 from jaxft.models.linear import Linear
 
 ACTIVATIONS = {
@@ -29,16 +30,24 @@ class MLP(nnx.Module):
         """x [..., D] -> [..., D]."""
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         if hasattr(self, "gate_up_proj"):
-            inner = _gated(*jnp.split(self.gate_up_proj(x, keys[0]), 2, axis=-1), self.activation)
+            inner = gated(*jnp.split(self.gate_up_proj(x, keys[0]), 2, axis=-1), self.activation, None)
         elif hasattr(self, "gate_proj"):
-            inner = _gated(self.gate_proj(x, keys[0]), self.up_proj(x, keys[1]), self.activation)
+            inner = gated(self.gate_proj(x, keys[0]), self.up_proj(x, keys[1]), self.activation, None)
         else:
             inner = ACTIVATIONS[self.activation](self.up_proj(x, keys[1]))
         return self.down_proj(inner, keys[2])
 
 
-@partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
-def _gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
-    """act(gate) * up in float32, rounded once. The backward pass needs gate and up only."""
-    product = ACTIVATIONS[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)
+@partial(jax.checkpoint, static_argnums=(2, 3), prevent_cse=False)
+def gated(gate: jax.Array, up: jax.Array, activation: str, clamp: Clamp | None) -> jax.Array:
+    """act(gate) * up in float32, rounded once; with a clamp, gate * sigmoid(alpha gate) * (up + 1) of clamped values.
+
+    The backward pass needs gate and up only.
+    """
+    gate32, up32 = gate.astype(jnp.float32), up.astype(jnp.float32)
+    if clamp is None:
+        product = ACTIVATIONS[activation](gate32) * up32
+    else:
+        gate32, up32 = jnp.minimum(gate32, clamp.limit), jnp.clip(up32, -clamp.limit, clamp.limit)
+        product = gate32 * jax.nn.sigmoid(clamp.alpha * gate32) * (up32 + 1)
     return product.astype(gate.dtype)

@@ -2,7 +2,9 @@
 
 from jax.sharding import Mesh
 
+from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder, Embedding, modules
+from jaxft.models.experts import ExpertLinear
 from jaxft.models.linear import Linear
 from jaxft.quantization.qtensor import QTensor
 from jaxft.sharding.layout import layout_of
@@ -12,9 +14,17 @@ from jaxft.sharding.mesh import batch_sharding
 def bind(model: Decoder, mesh: Mesh) -> None:
     """Tell every weight's module its layout. The arrays are expected to lie that way already."""
     for name, layers, module in modules(model):
-        if isinstance(module, Linear | Embedding):
+        if isinstance(module, Linear | ExpertLinear | Embedding):
             weight = module.weight.get_value()
             shape = weight.shape if layers is None else weight.shape[1:]
             block = weight.format.block_in if isinstance(weight, QTensor) else 1
             module.layout = layout_of(f"{name}.weight", shape, mesh, block)
     model.activations = batch_sharding(mesh)
+
+
+def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
+    """Raise ValueError where the mesh shares out experts that the model has not, or not so many."""
+    ways, count = mesh.shape["expert"], config.experts.count if config.experts else 0
+    if ways > 1 and (count == 0 or count % ways):
+        there_are = f"of {count} experts in a layer" if count else "but this model has none; use data or fsdp"
+        raise ValueError(f"mesh: expert={ways} shares out experts evenly, {there_are}")

@@ -46,8 +46,13 @@ class NF4:
         return QTensor(codes, absmax, format=self)
 
     def decode(self, q: QTensor) -> jax.Array:
-        absmax = nested.decode(q.scales, q.nested_absmax, q.nested_offset) if self.double_quant else q.scales
-        return _levels(q.codes) * blocks.spread(absmax, self.block_in, q.shape[-1])
+        return _levels(q.codes) * blocks.spread(self.plain(q).scales, self.block_in, q.shape[-1])
+
+    def plain(self, q: QTensor) -> QTensor:
+        """The same weight without double quantization: its scales are f32."""
+        if not self.double_quant:
+            return q
+        return QTensor(q.codes, nested.decode(q.scales, q.nested_absmax, q.nested_offset), format=NF4())
 
 
 def _levels(codes: jax.Array) -> jax.Array:

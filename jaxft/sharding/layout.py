@@ -2,6 +2,7 @@
 
 Projections into the heads and the hidden layer are cut over `tensor` by rows, those out of them by columns, so
 that a block needs one reduction; `fsdp` cuts the storage further and is gathered where the weight is used.
+The experts of a layer are cut over `expert`, and each of them as any feed-forward.
 A dimension must divide evenly, a quantized one in whole blocks, so every kind of weight has several layouts in
 order of preference, and the first that fits is taken.
 """
@@ -17,14 +18,20 @@ _TENSOR_FSDP = ("tensor", "fsdp")
 _ROWS = ((_TENSOR_FSDP, None), ("tensor", "fsdp"))
 _COLUMNS = (("fsdp", "tensor"), (None, _TENSOR_FSDP), *_ROWS)
 _WHOLE = ()
+_EXPERT_ROWS = tuple(("expert", *cut) for cut in (*_ROWS, ("tensor", None)))
+_EXPERT_COLUMNS = tuple(("expert", *cut) for cut in (*_COLUMNS[:2], (None, "tensor"), (None, None)))
 
 PREFERENCES = (
+    (r"experts\.(gate|up|gate_up)_proj\.weight$", (*_EXPERT_ROWS, ("expert", None, None))),
+    (r"experts\.down_proj\.weight$", _EXPERT_COLUMNS),
+    (r"experts\..*\.bias$", (("expert", None),)),
+    (r"(router|shared_expert_gate)\.(weight|bias)$|sinks$", _WHOLE),
     (r"(q|k|v|gate|up)_proj\.weight$", _ROWS),
     (r"(o|down)_proj\.weight$", _COLUMNS),
     (r"(embed_tokens|embed_positions|lm_head)\.weight$", (*_ROWS, (None, _TENSOR_FSDP))),
     (r"(q|k|v|gate|up)_proj\.bias$", (("tensor",),)),
     (r"(o|down)_proj\.bias$", _WHOLE),
-    (r"norm\.weight$", _WHOLE),
+    (r"norm\.(weight|bias)$", _WHOLE),
 )
 
 
@@ -42,9 +49,9 @@ class Layout:
     def sharding(self, spec: P) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
 
-    def stacked(self, spec: P) -> NamedSharding:
-        """For an array with a layer axis in front, which is never cut."""
-        return NamedSharding(self.mesh, P(None, *spec))
+    def stacked(self, ndim: int) -> NamedSharding:
+        """As it is stored, for an array with so many axes: those in front, of stacks, are not cut."""
+        return NamedSharding(self.mesh, P(*(None,) * (ndim - len(self.stored)), *self.stored))
 
 
 def layout_of(name: str, shape: tuple[int, ...], mesh: Mesh, block: int = 1) -> Layout:
@@ -53,12 +60,17 @@ def layout_of(name: str, shape: tuple[int, ...], mesh: Mesh, block: int = 1) -> 
     Args:
         name: dotted parameter name, without layer numbers.
         shape: without the layer axis.
-        mesh: axes data, fsdp, tensor.
+        mesh: with the axes of `jaxft.sharding.mesh.AXES`.
         block: how many columns of a quantized weight belong together.
     """
     preferences = rules.assign(PREFERENCES, [name], may_be_idle=True)[name]
+    together = [1] * len(shape)
+    if "experts.gate_up_proj" in name:
+        together[1] = 2  # a row of gate, a row of up
+    if name.endswith("weight"):
+        together[-1] *= block
     for spec in preferences:
-        if all(_divides(shape[axis], ways(mesh, axes), block if axis else 1) for axis, axes in enumerate(spec)):
+        if all(_divides(shape[axis], ways(mesh, axes), together[axis]) for axis, axes in enumerate(spec)):
             return Layout(mesh, P(*spec))
     return Layout(mesh, P(*(None,) * len(shape)))
 

@@ -1,4 +1,5 @@
-"""The device mesh: `data` replicates the model, `fsdp` cuts its storage, `tensor` cuts its computation."""
+"""The device mesh: `data` replicates the model, `fsdp` cuts its storage, `expert` gives each device some of the
+experts, `tensor` cuts matrix products. Rows of a batch are cut over all but the last."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,8 +8,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -40,7 +41,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Rows over data and fsdp, everything else whole; `leading` axes (accumulation) stand before the rows."""
+    """Rows over data, fsdp and expert, everything else whole; `leading` axes (accumulation) stand before the rows."""
     return NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES))
 
 

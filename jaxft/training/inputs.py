@@ -25,6 +25,7 @@ from jaxft.models.config import DecoderConfig, Rope, Source
 from jaxft.models.decoder import Decoder
 from jaxft.models.families import decoder_config
 from jaxft.models.linear import Adapter
+from jaxft.models.placement import check_mesh
 from jaxft.quantization.formats import parse_format
 from jaxft.quantization.qtensor import Format
 from jaxft.sharding.mesh import batch_ways, make_mesh
@@ -74,6 +75,7 @@ class Inputs:
             r=c.lora_r,
             lora_alpha=c.lora_alpha,
             target_modules=c.lora_target_modules,
+            target_parameters=c.lora_target_parameters,
             lora_dropout=c.lora_dropout,
             use_rslora=c.use_rslora,
             use_dora=c.use_dora,
@@ -156,6 +158,9 @@ def gather(config: Config) -> Inputs:
     mesh = make_mesh(config.mesh.model_dump())
     resolved = resolve_model(config.model_name_or_path, config.model_revision)
     decoder = decoder_config(read_json(resolved.path / "config.json"))
+    check_mesh(decoder, mesh)
+    if config.router_aux_loss_coef and decoder.experts is None:
+        raise ValueError("router_aux_loss_coef balances a mixture of experts, and this model has none; leave it out")
     check_tensors(Checkpoint.open(resolved.path), decoder)
     renderer = Renderer(load_tokenizer(resolved.path), config.chat_template)
     data = prepare(

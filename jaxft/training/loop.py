@@ -135,7 +135,8 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
     config, began = inputs.config, time.monotonic()
     partition, frozen, state, books = begin.partition, begin.frozen, begin.state, begin.books
     step = begin.step
-    train_step = make_train_step(partition, begin.optimizer, state, config.seed if begin.dropout else None)
+    dropout_seed = config.seed if begin.dropout else None
+    train_step = make_train_step(partition, begin.optimizer, state, dropout_seed, config.router_aux_loss_coef)
     eval_step = make_eval_step(partition)
     learning_rate = learning_rate_schedule(config, inputs.total_steps)
     place = jax.tree_util.Partial(jax.device_put, device=batch_sharding(inputs.mesh, leading=1))

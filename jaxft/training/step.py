@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.data.loader import Batch
 from jaxft.models.decoder import Decoder, project
+from jaxft.models.experts import load_balancing_loss
 from jaxft.objectives.cross_entropy import cross_entropy, next_token_targets
 from jaxft.training.state import Partition, Trained, TrainState
 
@@ -31,10 +32,17 @@ class Metrics(NamedTuple):
 
 
 def loss_sum(
-    model: Decoder, trained_type: type[nnx.Variable], batch: Batch, key: jax.Array | None
+    model: Decoder,
+    trained_type: type[nnx.Variable],
+    batch: Batch,
+    key: jax.Array | None,
+    router_aux_loss_coef: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed cross-entropy of a batch [B, T] and the number of tokens it was summed over."""
-    hidden = model.hidden(batch.tokens, batch.positions, batch.segment_ids, key)
+    """Summed loss of a batch [B, T] and the number of tokens it was summed over.
+
+    The loss of a token is its cross-entropy and, times the coefficient, the load-balancing loss of the batch.
+    """
+    hidden, balances = model.hidden_and_balance(batch.tokens, batch.positions, batch.segment_ids, key)
     targets, weights = next_token_targets(batch.tokens, batch.loss_mask, batch.segment_ids)
     graph, trained, frozen = nnx.split(model.head, trained_type, ...)
 
@@ -42,7 +50,10 @@ def loss_sum(
         return project(model.config, nnx.merge(graph, trained, frozen), h)
 
     total = cross_entropy(unembed, trained, frozen, hidden, targets, weights, model.config.vocab_size)
-    return total, weights.sum()
+    count = weights.sum()
+    if router_aux_loss_coef:
+        total = total + count * router_aux_loss_coef * load_balancing_loss(balances)
+    return total, count
 
 
 def make_train_step(
@@ -50,6 +61,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     dropout_seed: int | None = None,
+    router_aux_loss_coef: float = 0.0,
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]:
     """The jitted update; it takes over the buffers of the state given, and returns one placed like `state`.
 
@@ -58,7 +70,8 @@ def make_train_step(
     """
 
     def loss(trained: Trained, frozen: nnx.State, batch: Batch, key: jax.Array):
-        return loss_sum(partition.join(trained, frozen), partition.trained_type, batch, key)
+        model = partition.join(trained, frozen)
+        return loss_sum(model, partition.trained_type, batch, key, router_aux_loss_coef)
 
     placed = jax.tree.map(lambda array: array.sharding, state)
 

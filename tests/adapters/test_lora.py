@@ -56,7 +56,7 @@ def adapted(weight=W, parts=PARTS, **settings) -> Linear:
     weight, parts = jax.tree.map(jnp.asarray, (weight, parts))
     linear, spec = Linear(weight), LoraSpec((RANK,), (ALPHA,), **settings)
     dora = (parts["magnitude"], row_squares(weight)) if spec.use_dora else ()
-    linear.adapter = LoRA(spec, parts["A"], parts["B"], *dora)
+    linear.adapter = LoRA(spec, jnp.float32(spec.scales[0]), parts["A"], parts["B"], *dora)
     return linear
 
 
