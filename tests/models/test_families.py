@@ -1,6 +1,7 @@
 """Logits against transformers, in float32, for every architecture with every axis of its config exercised."""
 
 import copy
+import re
 
 import chex
 import jax
@@ -10,8 +11,13 @@ import pytest
 import jaxft
 from jaxft.adapters.attach import Factors, attach, attach_factors, factors_of
 from jaxft.adapters.targets import LoraConfig
+from jaxft.data.loader import Batch
 from jaxft.generation.generate import generate
+from jaxft.hub.peft_experts import unflat
 from jaxft.models.families import decoder_config
+from jaxft.models.linear import Adapter
+from jaxft.training.state import Partition
+from jaxft.training.step import loss_sum
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -376,7 +382,7 @@ def test_adapters_agree_with_peft(pair, tmp_path):
     model = attach_factors(base, config, factors)
     jaxft.save_adapter(model, tmp_path)
     tokens = np.random.default_rng(1).integers(0, VOCAB, (2, 20), dtype=np.int32)
-    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path).eval()
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path, is_trainable=True).eval()
     ours, theirs = np.asarray(model(tokens)), torch_logits(adapted, tokens)
     assert np.abs(theirs - torch_logits(reference, tokens)).max() > 0.05
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0)
@@ -385,6 +391,43 @@ def test_adapters_agree_with_peft(pair, tmp_path):
     assert sorted(name for name in factors if ".experts." not in name) == sorted(wanted)
     again = factors_of(jaxft.load_adapter(base, tmp_path))
     chex.assert_trees_all_equal(again, factors)
+
+    adapted(torch.tensor(tokens), labels=torch.tensor(tokens).long()).loss.backward()
+    for module, gradient in gradients(model, tokens).items():
+        for part, value in (("A", gradient.A), ("B", gradient.B)):
+            expected = torch_gradient(adapted, base.config, module, part)
+            assert np.linalg.norm(value - expected) < 1e-4 * np.linalg.norm(expected), (module, part)
+
+
+def gradients(model, tokens):
+    """Of the mean cross-entropy, by module."""
+    partition = Partition(model, Adapter)
+    trained, frozen = partition.split(model)
+    batch = Batch(tokens, np.ones_like(tokens, bool), np.ones_like(tokens), np.indices(tokens.shape, np.int32)[1])
+
+    def loss(trained):
+        total, count = loss_sum(partition.join(trained, frozen), Adapter, batch, None)
+        return total / count
+
+    return factors_of(partition.join(jax.jit(jax.grad(loss))(trained), frozen))
+
+
+def torch_gradient(adapted, config, module, part):
+    """That of one module, cut out of those of all experts where PEFT fuses them."""
+    parameters = dict(adapted.named_parameters())
+    if ".experts." not in module:
+        return parameters[f"base_model.model.{module}.lora_{part}.default.weight"].grad.numpy()
+    layer, expert, name = re.match(r"model\.layers\.(\d+)\..*\.experts\.(\d+)\.(\w+)$", module).groups()
+    kind = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.get(name, name)
+    inside = "" if kind == "down_proj" else ".base_layer"
+    key = f"base_model.model.model.layers.{layer}.mlp.experts{inside}.lora_{part}.default.weight"
+    value = unflat(part, parameters[key].grad.numpy(), config.experts.count)[int(expert)]
+    rank, inner = value.shape[0 if part == "A" else 1], config.experts.intermediate_size
+    half = {"gate_proj": 0, "up_proj": 1, "down_proj": None}[kind]
+    if half is None:
+        return value
+    ranks = slice(half * rank // 2, (half + 1) * rank // 2)
+    return value[ranks] if part == "A" else value[half * inner : (half + 1) * inner, ranks]
 
 
 def test_no_quantization_is_no_quantization():

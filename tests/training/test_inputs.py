@@ -330,7 +330,7 @@ def test_a_peak_that_is_never_reached(gathered, caplog, warmup_steps, warns):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"mesh": {"data": 3}}, "mesh: data=3 x fsdp=1 x tensor=1 is 3 devices, but there are 8"),
+        ({"mesh": {"data": 3}}, "mesh: data=3 x fsdp=1 x expert=1 x tensor=1 is 3 devices, but there are 8"),
         ({"max_length": 4}, "none of 50 examples is left: 50 are longer than `max_length` 4"),
         ({"chat_template": "chatmul"}, "chat template 'chatmul': no such file"),
         ({"model_revision": "main"}, r"a revision \(main\) applies to the Hub only"),
