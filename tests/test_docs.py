@@ -1,5 +1,6 @@
 """What the documentation says is what the code does."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -8,6 +9,14 @@ import pytest
 from jaxft.config_file import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.core
+def test_the_page_of_families_is_up_to_date():
+    make = runpy.run_path(str(ROOT / "scripts" / "make_family_docs.py"))
+    parity = json.loads(make["PARITY"].read_text(encoding="utf-8"))
+    assert make["TARGET"].read_text(encoding="utf-8") == make["page"](parity), "run scripts/make_family_docs.py"
+    assert all(entry["max_logit_error"] <= 1e-4 and entry["models"] >= 2 for entry in parity.values())
 
 
 @pytest.mark.core

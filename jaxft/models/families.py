@@ -1,4 +1,4 @@
-"""From a Hugging Face config.json to a `DecoderConfig`. A family is one function here."""
+"""From a Hugging Face config.json to a `DecoderConfig`. A family is a function here, and its docstring names checkpoints."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -61,22 +61,27 @@ def _reason(error: Exception) -> str:
 
 
 def _llama(hf: PreTrainedConfig) -> DecoderConfig:
+    """Llama 1, 2, 3, 3.1, 3.2 (text), 3.3, TinyLlama, SmolLM, SmolLM2, Yi, DeepSeek-R1-Distill-Llama."""
     return shared(hf, **biases(hf), mlp_bias=hf.mlp_bias)
 
 
 def _mistral(hf: PreTrainedConfig) -> DecoderConfig:
+    """Mistral 7B, Nemo, Small, Zephyr."""
     return shared(hf, layers=(LayerSpec(hf.sliding_window),) * hf.num_hidden_layers)
 
 
 def _qwen2(hf: PreTrainedConfig) -> DecoderConfig:
+    """Qwen1.5, Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen, QwQ."""
     return shared(hf, qkv_bias=True, layers=typed_layers(hf))
 
 
 def _qwen3(hf: PreTrainedConfig) -> DecoderConfig:
+    """Qwen3 0.6B to 32B."""
     return shared(hf, **biases(hf), qk_norm="head", layers=typed_layers(hf))
 
 
 def _smollm3(hf: PreTrainedConfig) -> DecoderConfig:
+    """SmolLM3."""
     layers = tuple(
         replace(spec, rope="global" if turns else None)
         for spec, turns in zip(typed_layers(hf), hf.no_rope_layers, strict=True)
@@ -85,6 +90,7 @@ def _smollm3(hf: PreTrainedConfig) -> DecoderConfig:
 
 
 def _gemma(hf: PreTrainedConfig, **more: Any) -> DecoderConfig:
+    """Gemma, CodeGemma."""
     return shared(hf, **biases(hf), norm="rms_offset", embedding_scale=hf.hidden_size**0.5, **more)
 
 
@@ -94,6 +100,7 @@ _SANDWICH = BlockNorms(
 
 
 def _gemma2(hf: PreTrainedConfig, **more: Any) -> DecoderConfig:
+    """Gemma 2."""
     return _gemma(
         hf,
         block_norms=_SANDWICH,
@@ -104,6 +111,7 @@ def _gemma2(hf: PreTrainedConfig, **more: Any) -> DecoderConfig:
 
 
 def _gemma3(hf: PreTrainedConfig) -> DecoderConfig:
+    """Gemma 3 1B, and the text part of the larger ones."""
     if hf.use_bidirectional_attention:
         raise ValueError("config.json: use_bidirectional_attention is set; only causal models can be trained")
     # Its config has an attention softcap, too, but no code that applies it.
@@ -112,6 +120,7 @@ def _gemma3(hf: PreTrainedConfig) -> DecoderConfig:
 
 
 def _granite(hf: PreTrainedConfig) -> DecoderConfig:
+    """Granite 3.0 to 3.3, dense."""
     return shared(
         hf,
         **biases(hf),
@@ -124,15 +133,18 @@ def _granite(hf: PreTrainedConfig) -> DecoderConfig:
 
 
 def _olmo2(hf: PreTrainedConfig, **more: Any) -> DecoderConfig:
+    """OLMo 2."""
     after = BlockNorms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
     return shared(hf, **biases(hf), qk_norm="projection", block_norms=after, **more)
 
 
 def _olmo3(hf: PreTrainedConfig) -> DecoderConfig:
+    """OLMo 3."""
     return _olmo2(hf, layers=typed_layers(hf, sliding_rope="local"))
 
 
 def _cohere2(hf: PreTrainedConfig) -> DecoderConfig:
+    """Command R7B, Command A, Aya."""
     layers = tuple(replace(spec, rope=spec.window and "global") for spec in typed_layers(hf))
     return shared(
         hf,
@@ -148,16 +160,19 @@ def _cohere2(hf: PreTrainedConfig) -> DecoderConfig:
 
 
 def _glm4(hf: PreTrainedConfig) -> DecoderConfig:
+    """GLM-4-0414."""
     norms = BlockNorms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
     return shared(hf, qkv_bias=hf.attention_bias, block_norms=norms, fused_gate_up=True, interleaved=True)
 
 
 def _phi3(hf: PreTrainedConfig) -> DecoderConfig:
+    """Phi-3, Phi-3.5, Phi-4, dense."""
     layers = (LayerSpec(hf.sliding_window),) * hf.num_hidden_layers
     return shared(hf, fused_qkv="in turn", fused_gate_up=True, layers=layers)
 
 
 def _starcoder2(hf: PreTrainedConfig) -> DecoderConfig:
+    """StarCoder2."""
     return shared(
         hf,
         **biases(hf, "use_bias"),
@@ -171,6 +186,7 @@ def _starcoder2(hf: PreTrainedConfig) -> DecoderConfig:
 
 
 def _gpt2(hf: PreTrainedConfig) -> DecoderConfig:
+    """GPT-2, DistilGPT-2."""
     for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         if getattr(hf, key):
             raise ValueError(f"config.json: {key} is set, which is not supported for gpt2")
@@ -206,6 +222,7 @@ def _gpt2(hf: PreTrainedConfig) -> DecoderConfig:
 
 
 def _gpt_neox(hf: PreTrainedConfig) -> DecoderConfig:
+    """GPT-NeoX, Pythia."""
     return shared(
         hf,
         **biases(hf),
@@ -243,6 +260,7 @@ def _qwen_experts(hf: PreTrainedConfig, **more: Any) -> Experts:
 
 
 def _qwen2_moe(hf: PreTrainedConfig) -> DecoderConfig:
+    """Qwen1.5-MoE, Qwen2-57B-A14B."""
     # PEFT drops adapters on these experts without a word.
     experts = _qwen_experts(hf, shared_size=hf.shared_expert_intermediate_size, adapters=None)
     layers = _some_sparse(hf, typed_layers(hf))
@@ -250,6 +268,7 @@ def _qwen2_moe(hf: PreTrainedConfig) -> DecoderConfig:
 
 
 def _qwen3_moe(hf: PreTrainedConfig) -> DecoderConfig:
+    """Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder."""
     layers = _some_sparse(hf, (LayerSpec(hf.sliding_window),) * hf.num_hidden_layers)
     more = dict(layers=layers, experts=_qwen_experts(hf), renames=_QWEN_ROUTER)
     return shared(hf, **biases(hf), qk_norm="head", **more)
@@ -259,6 +278,7 @@ _QWEN_ROUTER = (("mlp.router", "mlp.gate"),)
 
 
 def _mixtral(hf: PreTrainedConfig) -> DecoderConfig:
+    """Mixtral 8x7B, 8x22B."""
     return shared(
         hf,
         layers=(LayerSpec(hf.sliding_window, sparse=True),) * hf.num_hidden_layers,
@@ -274,6 +294,7 @@ def _mixtral(hf: PreTrainedConfig) -> DecoderConfig:
 
 
 def _gpt_oss(hf: PreTrainedConfig) -> DecoderConfig:
+    """gpt-oss-20b, gpt-oss-120b."""
     return shared(
         hf,
         **biases(hf),

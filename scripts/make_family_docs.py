@@ -1,0 +1,99 @@
+"""Write docs/families.md from the code and from a parity run.
+
+`python scripts/make_family_docs.py --measure` compares the random models of tests/models/test_families.py with
+transformers (minutes; torch is needed) and keeps the largest errors in docs/parity.json; without `--measure` the page is
+written from what was kept.
+"""
+
+import argparse
+import json
+import runpy
+import tempfile
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+import jaxft
+from jaxft.adapters.attach import sites
+from jaxft.models.config import DecoderConfig
+from jaxft.models.decoder import describe
+from jaxft.models.families import FAMILIES, decoder_config
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGET, PARITY = ROOT / "docs" / "families.md", ROOT / "docs" / "parity.json"
+OPENING = """# Families
+
+What `model_type` of a config.json may be, and what is known of each. This page is written by
+`scripts/make_family_docs.py`; how a family is added is told in [adding_a_family.md](adding_a_family.md).
+
+- **Logit error** is the largest difference to transformers over random models that exercise the axes of the config, in
+  float32.
+- **LoRA** sits on the modules named; `all-linear` means all of them but those in brackets. Where the experts of a layer
+  are one tensor, `lora_target_parameters` names them. Routers carry none.
+- **Quantized** (int8, int4, nf4) is the weight of every module named, and of experts; not embedding, head, norms, biases.
+"""
+CONSUMERS = """## What consumers make of an adapter
+
+- **PEFT** loads what is exported here; where it would drop a part or scale it wrongly, attaching or exporting refuses:
+  DoRA, dropout or rsLoRA on experts, adapters on some experts only, on the experts of Qwen2-MoE, or on the dense
+  feed-forward layers of Qwen3-MoE.
+- **vLLM** rejects DoRA, and ranks above its `max_lora_rank`. It honours rsLoRA and patterns.
+- **llama.cpp** (`convert_lora_to_gguf`) scales by `lora_alpha` over the rank of a tensor: rsLoRA and `alpha_pattern` come
+  out wrong there.
+- **SGLang** scales by `lora_alpha / r` only, and wants `v_proj` beside `q_proj`.
+
+A merged model (`scripts/export.py --format merged`) has none of these limits.
+"""
+
+
+def measure() -> dict[str, dict[str, float | int]]:
+    """model_type -> number of random models, and the largest difference of their logits to transformers'."""
+    tests = runpy.run_path(str(ROOT / "tests" / "models" / "test_families.py"))
+    tokens = np.random.default_rng(0).integers(0, tests["VOCAB"], (2, tests["LENGTH"]), dtype=np.int32)
+    by_type = sorted(tests["CONFIGS"].items(), key=lambda item: item[1].model_type)
+    result = {}
+    for model_type, entries in groupby(by_type, key=lambda item: item[1].model_type):
+        errors = []
+        for name, config in entries:
+            reference = tests["random_model"](config, seed=len(name))
+            with tempfile.TemporaryDirectory() as directory:
+                reference.save_pretrained(directory)
+                ours = jaxft.load_model(directory)(tokens)
+            errors.append(float(np.abs(np.asarray(ours) - tests["torch_logits"](reference, tokens)).max()))
+        result[model_type] = {"models": len(errors), "max_logit_error": float(f"{max(errors):.1e}")}
+    return result
+
+
+def page(parity: dict[str, dict[str, float | int]]) -> str:
+    rows = ["| model_type | checkpoints | logit error (models) | LoRA | PEFT layout |", "|---|---|---|---|---|"]
+    for model_type, family in sorted(FAMILIES.items()):
+        config = decoder_config({"model_type": model_type, "num_hidden_layers": 8, "n_layer": 8})
+        error = f"{parity[model_type]['max_logit_error']:.0e} ({parity[model_type]['models']})"
+        covered = family.__doc__.strip().rstrip(".")
+        rows.append(f"| `{model_type}` | {covered} | {error} | {_modules(config)} | {_layout(config)} |")
+    return "\n".join([OPENING, *rows, "", CONSUMERS])
+
+
+def _modules(config: DecoderConfig) -> str:
+    """Last parts of the names of all modules that can carry an adapter, the output head at the end."""
+    model = describe(config)
+    names = [site.modules[0].rpartition(".")[2] for site in sites(model) if site.target == "target_modules"]
+    names = list(dict.fromkeys(reversed(names)))
+    return ", ".join(f"[{name}]" if model.lm_head is not None and name == names[-1] else name for name in names)
+
+
+def _layout(config: DecoderConfig) -> str:
+    parts = ["`fan_in_fan_out`" if config.transposed else "by module"]
+    if config.experts is not None:
+        kinds = {"target_modules": "experts by name", "target_parameters": "experts by `target_parameters`"}
+        parts.append(kinds.get(config.experts.adapters, "experts stay frozen"))
+    return ", ".join(parts)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write docs/families.md.")
+    parser.add_argument("--measure", action="store_true", help="compare with transformers first")
+    if parser.parse_args().measure:
+        PARITY.write_text(json.dumps(measure(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    TARGET.write_text(page(json.loads(PARITY.read_text(encoding="utf-8"))), encoding="utf-8")
