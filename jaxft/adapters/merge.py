@@ -1,4 +1,7 @@
-"""Fold adapters into the weights they sit on, in float32 (the last step before a model is shipped)."""
+"""Fold adapters into the weights they sit on, in float32 (the last step before a model is shipped).
+
+Layers are folded one after the other, so that a stack of them is never held in float32.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +13,18 @@ from jaxft.models.decoder import Decoder
 from jaxft.quantization.qtensor import QTensor
 
 
-def merge(model: Decoder) -> Decoder:
+def merge(model: Decoder, *, donate: bool = False) -> Decoder:
     """The model with W + s B A in place of W (DoRA: rows rescaled to their magnitude), and no adapter.
+
+    Args:
+        model: left as it was, so that every adapted weight is there twice.
+        donate: use up the adapted weights of `model`, in whose memory the new ones are made.
 
     Raises:
         ValueError: there is no adapter, or the base is quantized. Adding an adapter to rounded weights and rounding
             the sum again costs quality; load the original weights instead.
     """
-    merged = detach(model)
+    merged, fold = detach(model), _folded_in_place if donate else _folded
     found = False
     for before, after in zip(sites(model), sites(merged), strict=True):
         adapter = before.linear.adapter
@@ -30,19 +37,30 @@ def merge(model: Decoder) -> Decoder:
                 f"{before.modules[0]} is quantized; an adapter is merged into the original weights: "
                 "load the base without quantization, load the adapter on it, and merge that"
             )
-        after.linear.weight = nnx.Param(_folded(weight, adapter))
+        after.linear.weight = nnx.Param(fold(weight, adapter))
     if not found:
         raise ValueError("the model carries no adapter to merge")
     return merged
 
 
-@jax.jit
-def _folded(weight: jax.Array, adapter: LoRA) -> jax.Array:
-    total = weight.astype(jnp.float32) + adapter.scale[...][..., None, None] * jnp.einsum(
-        "...or,...ri->...oi", adapter.B[...], adapter.A[...], precision="highest"
-    )
+def _fold(weight: jax.Array, adapter: LoRA) -> jax.Array:
+    if weight.ndim == 2:
+        return _fold_layer(weight, adapter)
+
+    def fold(layer: jax.Array, stack: jax.Array) -> jax.Array:
+        new = _fold_layer(*jax.tree.map(lambda leaf: leaf[layer], (stack, adapter)))
+        return jax.lax.dynamic_update_index_in_dim(stack, new, layer, 0)
+
+    return jax.lax.fori_loop(0, len(weight), fold, weight)
+
+
+_folded, _folded_in_place = jax.jit(_fold), jax.jit(_fold, donate_argnums=0)
+
+
+def _fold_layer(weight: jax.Array, adapter: LoRA) -> jax.Array:
+    scale = adapter.scale[...]
+    total = weight.astype(jnp.float32) + scale * jnp.matmul(adapter.B[...], adapter.A[...], precision="highest")
     if adapter.magnitude is not None:
         gain = adapter.magnitude[...] / jnp.sqrt(jnp.sum(total * total, axis=-1))
-        absent = adapter.scale[...][..., None] == 0
-        total = total * jnp.where(absent, 1.0, gain)[..., None]
+        total = total * jnp.where(scale == 0, 1.0, gain)[:, None]
     return total.astype(weight.dtype)

@@ -100,7 +100,7 @@ def finish(weight: Weight, storage: Storage) -> Weight:
     """The parameter, when all its tensors are there. What is given is used up."""
     if storage.packed is None:
         return weight
-    return replace(weight, codes=_given_back(_declared(weight.codes, storage.packed)))
+    return replace(weight, codes=_typed(_declared(weight.codes, storage.packed), storage.packed))
 
 
 def _declared(pairs: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -115,6 +115,8 @@ def _declared(pairs: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return type(pairs)(aval, pairs.sharding, buffers, committed=pairs.committed, _skip_checks=True)
 
 
-@partial(jax.jit, donate_argnums=0)
-def _given_back(x: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnames="dtype", donate_argnames="x")
+def _typed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x as it is. The dtype is named because JAX finds compiled functions by the type of the buffers."""
+    assert x.dtype == dtype
     return x
