@@ -3,6 +3,8 @@
 Layers are folded one after the other, so that a stack of them is never held in float32.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -24,7 +26,7 @@ def merge(model: Decoder, *, donate: bool = False) -> Decoder:
         ValueError: there is no adapter, or the base is quantized. Adding an adapter to rounded weights and rounding
             the sum again costs quality; load the original weights instead.
     """
-    merged, fold = detach(model), _folded_in_place if donate else _folded
+    merged = detach(model)
     found = False
     for before, after in zip(sites(model), sites(merged), strict=True):
         adapter = before.linear.adapter
@@ -37,26 +39,32 @@ def merge(model: Decoder, *, donate: bool = False) -> Decoder:
                 f"{before.modules[0]} is quantized; an adapter is merged into the original weights: "
                 "load the base without quantization, load the adapter on it, and merge that"
             )
-        after.linear.weight = nnx.Param(fold(weight, adapter))
+        after.linear.weight = nnx.Param(_fold(weight if donate else weight.copy(), adapter))
     if not found:
         raise ValueError("the model carries no adapter to merge")
     return merged
 
 
 def _fold(weight: jax.Array, adapter: LoRA) -> jax.Array:
+    """The folded weight, in the memory of the one given."""
     if weight.ndim == 2:
         return _fold_layer(weight, adapter)
-
-    def fold(layer: jax.Array, stack: jax.Array) -> jax.Array:
-        new = _fold_layer(*jax.tree.map(lambda leaf: leaf[layer], (stack, adapter)))
-        return jax.lax.dynamic_update_index_in_dim(stack, new, layer, 0)
-
-    return jax.lax.fori_loop(0, len(weight), fold, weight)
+    for layer in map(jnp.int32, range(len(weight))):
+        weight = _put(weight, _fold_layer(*_layer((weight, adapter), layer)), layer)
+    return weight
 
 
-_folded, _folded_in_place = jax.jit(_fold), jax.jit(_fold, donate_argnums=0)
+@jax.jit
+def _layer(stacks: tuple[jax.Array, LoRA], layer: jax.Array) -> tuple[jax.Array, LoRA]:
+    return jax.tree.map(lambda stack: stack[layer], stacks)
 
 
+@partial(jax.jit, donate_argnums=0)
+def _put(stack: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, new, layer, 0)
+
+
+@partial(jax.jit, donate_argnums=0)
 def _fold_layer(weight: jax.Array, adapter: LoRA) -> jax.Array:
     scale = adapter.scale[...]
     total = weight.astype(jnp.float32) + scale * jnp.matmul(adapter.B[...], adapter.A[...], precision="highest")

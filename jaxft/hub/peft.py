@@ -18,7 +18,7 @@ from jaxft.adapters.attach import Factors, attach_factors, factors_of, sites
 from jaxft.adapters.targets import OUTPUT_HEAD, LoraConfig
 from jaxft.hub.checkpoint import Checkpoint, staged_in
 from jaxft.hub.load import read_json
-from jaxft.hub.safetensors import write_safetensors
+from jaxft.hub.safetensors_writer import write_safetensors
 from jaxft.models.decoder import Decoder
 
 CONFIG_FILE, TENSOR_STEM = "adapter_config.json", "adapter_model"
