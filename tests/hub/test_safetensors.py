@@ -1,4 +1,4 @@
-"""Reading and writing whole files against the safetensors library and torch, and against hostile files."""
+"""The format against the safetensors library and torch, and against hostile files."""
 
 import json
 import os
