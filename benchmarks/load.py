@@ -19,8 +19,9 @@ Measured on two Zen 5 cores that others used as well (jax 0.10.2; 1577 MB, the l
     int4         1498 MiB/s    1.0 s     485 MB       3.6
     nf4          1393 MiB/s    1.2 s     447 MB       3.3
 
-The first load takes two to three seconds more of compiling, whatever the model's size. Llama-3.1-8B's shapes (16.1 GB of
-bfloat16, largest tensor 1.05 GB) to nf4: 22 s of CPU, 6.0 GB of model, 8.1 GB at the peak with all libraries.
+(rates: the better of two runs). The first load takes two to three seconds more of compiling, whatever the model's
+size. Llama-3.1-8B's shapes (16.1 GB of bfloat16, largest tensor 1.05 GB) to nf4: 22 s of CPU, 6.0 GB of model, 8.1 GB
+at the peak with all libraries.
 """
 
 import argparse
