@@ -60,3 +60,22 @@ def test_every_layer_gets_its_own_product(random_checkpoint, dtype, donate):
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(site.linear.weight.get_value()))
     }
     assert used_up == ({"q_proj", "down_proj", "lm_head"} if donate else set())
+
+
+def test_a_bfloat16_base_merges_to_bfloat16_as_it_would_from_float32(random_checkpoint, tmp_path):
+    jaxft.save_model(jaxft.load_model(random_checkpoint(MODEL), "bfloat16"), tmp_path)
+    rng, narrow, wide = np.random.default_rng(4), jaxft.load_model(tmp_path, "bfloat16"), jaxft.load_model(tmp_path)
+    factors = {
+        name: Factors(
+            rng.standard_normal((CONFIG.rank(name), site.linear.weight.get_value().shape[-1])).astype(np.float32),
+            rng.standard_normal((site.linear.weight.get_value().shape[-2], CONFIG.rank(name))).astype(np.float32),
+        )
+        for site in sites(wide)
+        for name in site.modules
+        if name.endswith(("q_proj", "down_proj", "lm_head"))
+    }
+    narrow, wide = (merge(attach_factors(base, CONFIG, factors)) for base in (narrow, wide))
+    for ours, theirs in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(ours).view(np.uint16), np.asarray(theirs.astype(ours.dtype)).view("u2")
+        )
