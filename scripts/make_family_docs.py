@@ -1,8 +1,8 @@
 """Write docs/families.md from the code and from a parity run.
 
 `python scripts/make_family_docs.py --measure` compares the random models of tests/models/test_families.py with
-transformers (minutes; torch is needed) and keeps the largest errors in docs/parity.json; without `--measure` the page is
-written from what was kept.
+transformers (two minutes; torch is needed) and keeps the largest errors in docs/parity.json; without `--measure` the
+page is written from what was kept.
 """
 
 import argparse
@@ -31,7 +31,7 @@ What `model_type` of a config.json may be, and what is known of each. This page 
   float32.
 - **LoRA** sits on the modules named; `all-linear` means all of them but those in brackets. Where the experts of a layer
   are one tensor, `lora_target_parameters` names them. Routers carry none.
-- **Quantized** (int8, int4, nf4) is the weight of every module named, and of experts; not embedding, head, norms, biases.
+- **Quantized** (int8, int4, nf4) are the weights of the modules named, and of experts; not embedding, head or norms.
 """
 CONSUMERS = """## What consumers make of an adapter
 
@@ -39,8 +39,8 @@ CONSUMERS = """## What consumers make of an adapter
   DoRA, dropout or rsLoRA on experts, adapters on some experts only, on the experts of Qwen2-MoE, or on the dense
   feed-forward layers of Qwen3-MoE.
 - **vLLM** rejects DoRA, and ranks above its `max_lora_rank`. It honours rsLoRA and patterns.
-- **llama.cpp** (`convert_lora_to_gguf`) scales by `lora_alpha` over the rank of a tensor: rsLoRA and `alpha_pattern` come
-  out wrong there.
+- **llama.cpp** (`convert_lora_to_gguf`) scales by `lora_alpha` over the rank of a tensor: rsLoRA and `alpha_pattern`
+  come out wrong there.
 - **SGLang** scales by `lora_alpha / r` only, and wants `v_proj` beside `q_proj`.
 
 A merged model (`scripts/export.py --format merged`) has none of these limits.

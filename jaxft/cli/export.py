@@ -138,17 +138,20 @@ def write_merged(run: Run, directory: Path, dtype: str | None) -> str:
         ValueError: as `find_base`; or the weights do not fit `dtype`.
     """
     if run.config.adapter == "none":
-        model = load_model(run.result, "float32")
         dtype = dtype or run.config.dtype
+        storage = _storage(run.result, dtype)
+        model = load_model(run.result, storage)
     else:
-        model = merge(load_adapter(load_model(find_base(run).path, "float32"), run.result))
-        dtype = dtype or _checkpoint_dtype(Path(model.source.path))
-    expected = _logits(_rounded(model, dtype))
+        base = Path(find_base(run).path)
+        dtype = dtype or _checkpoint_dtype(base)
+        storage = _storage(base, dtype)
+        model = merge(load_adapter(load_model(base, storage), run.result), donate=True)
+    expected = _logits(model if storage == dtype else _rounded(model, dtype))
     if not np.isfinite(expected).all():
         raise ValueError(f"{run.path}: the merged model's logits are not finite in {dtype}; choose another --dtype")
     save_model(model, directory, dtype)
     del model  # makes room for its copy
-    difference = np.abs(_logits(load_model(directory, "float32")) - expected).max()
+    difference = np.abs(_logits(load_model(directory, storage)) - expected).max()
     if not difference <= TOLERANCE * np.abs(expected).max():
         raise ValueError(f"what was written to disk differs from the merged model: logits by up to {difference:g}")
     carry_template(directory, run.record["chat_template"])
@@ -245,6 +248,16 @@ def _checkpoint_dtype(directory: Path) -> str:
     if found not in DTYPES:
         raise ValueError(f"{directory / 'config.json'}: the dtype is {found!r}; choose one with --dtype")
     return found
+
+
+def _storage(directory: Path, dtype: str) -> str:
+    """What the weights are held in: float32, or bfloat16 where that is what they come from and what they go to.
+
+    Then the sum with the adapter, made in float32, is rounded once either way.
+    """
+    checkpoint = Checkpoint.open(directory)
+    found = {str(checkpoint.info(name).dtype) for name in checkpoint.names()}
+    return dtype if found == {dtype} == {"bfloat16"} else "float32"
 
 
 def _rounded(model: Decoder, dtype: str) -> Decoder:

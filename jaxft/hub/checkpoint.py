@@ -22,17 +22,19 @@ from numpy.typing import ArrayLike
 
 from jaxft.hub.safetensors import (
     MAX_HEADER,
-    METADATA,
-    ArraySpec,
     SafetensorsError,
     SafetensorsFile,
     TensorInfo,
-    atomic_file,
-    nbytes_of,
     no_such_tensor,
     pickle_conversion,
-    require_space,
     strict_json,
+)
+from jaxft.hub.safetensors_writer import (
+    METADATA,
+    ArraySpec,
+    atomic_file,
+    nbytes_of,
+    require_space,
     sync_directory,
     write_safetensors,
 )

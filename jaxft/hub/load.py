@@ -1,31 +1,27 @@
-"""Read a Hugging Face model directory into a `Decoder`: strictly, one tensor at a time.
+"""Read a Hugging Face model directory into a `Decoder`, strictly: config, tensors and model must be of one mind.
 
-Every tensor goes from its memory-mapped bytes to its place on the devices, quantized on the way if asked, before
-the next one is read. Stacks of layers are filled in place, so the host never holds more than one tensor.
+The weights themselves come by `stream`, a few tensors at a time.
 """
 
 import hashlib
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from jaxft.hub.checkpoint import Checkpoint
 from jaxft.hub.resolve import resolve_model
+from jaxft.hub.stack import Storage
+from jaxft.hub.stream import load_weights
 from jaxft.models.config import DecoderConfig, Source
 from jaxft.models.decoder import Decoder, Parameter, Remat, describe, parameters
 from jaxft.models.families import decoder_config
 from jaxft.models.linear import Weight
 from jaxft.models.placement import bind, check_mesh
 from jaxft.quantization.formats import parse_format
-from jaxft.quantization.qtensor import Format, QTensor, quantize
-from jaxft.sharding.layout import layout_of
+from jaxft.quantization.qtensor import Format, quantize
 
 IGNORED = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 """Endings of tensors that old checkpoints carry and that are derived from the config."""
@@ -76,10 +72,11 @@ def load_model(
     storage = jnp.dtype(dtype)
     form = parse_format(quantization) if isinstance(quantization, str) else quantization
 
-    def make(parameter: Parameter) -> Weight:
-        return _place(checkpoint, parameter, storage, form if is_quantized(parameter) else None, mesh)
-
-    model = Decoder(config, make, storage, remat, scan_layers)
+    storages = {
+        parameter: Storage.of(parameter, storage, form if is_quantized(parameter) else None, mesh)
+        for parameter, _ in parameters(describe(config))
+    }
+    model = Decoder(config, load_weights(checkpoint, storages).__getitem__, storage, remat, scan_layers)
     model.source = Source(str(path), str(resolved.path), resolved.revision, fingerprint(checkpoint))
     if mesh is not None:
         bind(model, mesh)
@@ -167,6 +164,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         middle = flat.size // 2
         for part in (flat[:SAMPLE], flat[middle : middle + SAMPLE], flat[-SAMPLE:]):
             digest.update(part.astype("float32").tobytes())
+        checkpoint.release(name)
     return digest.hexdigest()
 
 
@@ -187,67 +185,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, not an object")
     return value
-
-
-def _place(
-    checkpoint: Checkpoint, parameter: Parameter, dtype: jnp.dtype, form: Format | None, mesh: Mesh | None
-) -> Weight:
-    spec = None
-    if mesh is not None:
-        spec = layout_of(parameter.name, parameter.shape, mesh, form.block_in if form else 1).stored
-    whole_stack = None
-    if spec is not None:
-        inside = len(parameter.shape) - len(parameter.tensor_shape)  # 1 where each expert has a tensor of its own
-        whole_stack = P(*(None,) * (len(parameter.stack) - inside), *spec)
-        spec = P(*spec[inside:])
-    stack = None
-    for index, name in zip(np.ndindex(parameter.stack), parameter.names, strict=True):
-        value = _encode(_read(checkpoint, parameter, name, mesh, spec), dtype, form, mesh, spec)
-        if not parameter.stack:
-            return value
-        if stack is None:
-            stack = _empty_stack(value, parameter.stack, mesh, whole_stack)
-        position = tuple(map(jnp.int32, index))
-        stack = jax.block_until_ready(_write(stack, value, position))
-        checkpoint.release(name)
-    return stack
-
-
-def _read(checkpoint: Checkpoint, parameter: Parameter, name: str, mesh: Mesh | None, spec: P | None) -> jax.Array:
-    """One tensor of a parameter, in the dtype of the file; with a mesh each device reads its own part."""
-
-    def part(cut: tuple[slice, ...]) -> np.ndarray:
-        if not parameter.transposed:
-            return checkpoint.read(name, cut)
-        return checkpoint.read(name, (*cut[:-2], cut[-1], cut[-2])).swapaxes(-1, -2)
-
-    if mesh is None:
-        return jnp.asarray(part((slice(None),) * len(parameter.tensor_shape)))
-    return jax.make_array_from_callback(parameter.tensor_shape, NamedSharding(mesh, spec), part)
-
-
-@partial(jax.jit, static_argnames=("dtype", "form", "mesh", "spec"))
-def _encode(x: jax.Array, dtype: jnp.dtype, form: Format | None, mesh: Mesh | None, spec: P | None) -> Weight:
-    return _cut(quantize(x, form) if form else x.astype(dtype), mesh, spec)
-
-
-@partial(jax.jit, static_argnames=("axes", "mesh", "spec"))
-def _empty_stack(value: Weight, axes: tuple[int, ...], mesh: Mesh | None, spec: P | None) -> Weight:
-    stack = jax.tree.map(lambda leaf: jnp.zeros((*axes, *leaf.shape), leaf.dtype), value)
-    return _cut(stack, mesh, spec)
-
-
-@partial(jax.jit, donate_argnames="stack")
-def _write(stack: Weight, value: Weight, position: tuple[jax.Array, ...]) -> Weight:
-    def place(whole: jax.Array, part: jax.Array) -> jax.Array:
-        start = (*position, *(jnp.int32(0),) * part.ndim)
-        return jax.lax.dynamic_update_slice(whole, part.reshape((1,) * len(position) + part.shape), start)
-
-    return jax.tree.map(place, stack, value)
-
-
-def _cut(value: Weight, mesh: Mesh | None, spec: P | None) -> Weight:
-    if mesh is None:
-        return value
-    specs = value.specs(spec, mesh) if isinstance(value, QTensor) else spec
-    return jax.lax.with_sharding_constraint(value, jax.tree.map(partial(NamedSharding, mesh), specs))

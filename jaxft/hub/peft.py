@@ -20,7 +20,7 @@ from jaxft.adapters.targets import OUTPUT_HEAD, LoraConfig
 from jaxft.hub.checkpoint import Checkpoint, staged_in
 from jaxft.hub.load import read_json
 from jaxft.hub.peft_experts import PREFIX, flat, split, unflat, wrapper
-from jaxft.hub.safetensors import write_safetensors
+from jaxft.hub.safetensors_writer import write_safetensors
 from jaxft.models.decoder import Decoder
 
 CONFIG_FILE, TENSOR_STEM = "adapter_config.json", "adapter_model"

@@ -1,34 +1,29 @@
-"""Safetensors files: read by byte range from a memory map, written one tensor at a time.
+"""Safetensors files, read by byte range from a memory map (`safetensors_writer` writes them).
 
 A file is an 8-byte little-endian length, that many bytes of JSON, and one buffer. The JSON gives the dtype,
 shape and byte range of each tensor; the ranges tile the buffer exactly. Files come from strangers, so the
 header is checked in full before a tensor is looked at, and a file of another kind is called by its name.
 
-Reading is a view into a memory map: a slice costs the pages it lies on, and `release` gives them back.
-Writing holds one tensor at a time. Either way the host never needs room for the whole model.
+A tensor is a view into the map: a slice costs the pages it lies on, and `release` gives them back.
 
-Format: https://github.com/huggingface/safetensors#format; the writer checks its header by the reader's rules.
+Format: https://github.com/huggingface/safetensors#format
 """
 
-import contextlib
 import difflib
 import json
 import math
 import mmap
 import os
 import re
-import secrets
-import shutil
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import ArrayLike
 
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
@@ -49,25 +44,13 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
         "BOOL": np.dtype(np.bool_),
     }
 )
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 _MAX_INT = 2**63 - 1  # what an array can address
 _MAX_DIMENSIONS = 64  # what numpy can hold
-_PIECE = 64 << 20  # bytes made contiguous at a time when writing
-METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})  # as every Hugging Face tool writes it
 
 
 class SafetensorsError(ValueError):
     """Weights that cannot be read, or cannot be written as asked."""
-
-
-class ArraySpec(Protocol):
-    """Anything with a dtype and a shape: an array, a `jax.ShapeDtypeStruct`, a `TensorInfo`."""
-
-    @property
-    def dtype(self) -> Any: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +90,7 @@ class SafetensorsFile:
             if len(header) < length:
                 raise SafetensorsError(f"{self.path}: {_truncated(8 + length, size)}")
             try:
-                self.tensors, self.metadata = _parse_header(header, size)
+                self.tensors, self.metadata = parse_header(header, size)
             except SafetensorsError as error:
                 raise SafetensorsError(f"{self.path}: {error}") from None
             self._map: mmap.mmap | None = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
@@ -149,7 +132,7 @@ class SafetensorsFile:
         return self._map
 
 
-def _parse_header(header: bytes, size: int) -> tuple[Mapping[str, TensorInfo], Mapping[str, str]]:
+def parse_header(header: bytes, size: int) -> tuple[Mapping[str, TensorInfo], Mapping[str, str]]:
     """The tensors, in the order of their data, and the metadata of a file of `size` bytes."""
     entries = strict_json(header)
     metadata = entries.pop("__metadata__", {})
@@ -270,101 +253,3 @@ If you trust its source, convert it once with PyTorch, in its directory:
     state = {{name: tensor.clone().contiguous() for name, tensor in state.items()}}
     save_file(state, {stem + ".safetensors"!r}, metadata={{"format": "pt"}})
 """
-
-
-def write_safetensors(
-    path: str | os.PathLike[str],
-    specs: Mapping[str, ArraySpec],
-    produce: Callable[[str], ArrayLike],
-    metadata: Mapping[str, str] = METADATA,
-) -> None:
-    """Write the tensors that `specs` describes, in its order, asking `produce` for one after the other.
-
-    `write_safetensors(path, arrays, arrays.__getitem__)` writes a dict of arrays. Whatever an array's strides
-    and byte order, the file is row-major and little-endian. It appears at `path` complete and synced to disk,
-    replacing what was there; after an error `path` is as it was and nothing else is left.
-
-    Raises:
-        SafetensorsError: a name, dtype or metadata that the format cannot hold; a produced array of another
-            dtype or shape than announced; not enough disk.
-    """
-    path = Path(path)
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, spec in specs.items():
-        code = _CODES.get(_native(spec.dtype))
-        if code is None:
-            raise SafetensorsError(f"{path}: tensor {name!r}: the format has no dtype {spec.dtype}")
-        end = offset + nbytes_of(spec)
-        entries[name] = {"dtype": code, "shape": list(map(int, spec.shape)), "data_offsets": [offset, end]}
-        offset = end
-    header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
-    header += b" " * (-len(header) % 8)
-    size = 8 + len(header) + offset
-    try:
-        if len(header) > MAX_HEADER:
-            raise SafetensorsError(f"a header of {len(header)} bytes exceeds {MAX_HEADER}; use shards")
-        _parse_header(header, size)
-    except SafetensorsError as error:
-        raise SafetensorsError(f"{path}: cannot be written: {error}") from None
-    require_space(path.parent, size)
-    with atomic_file(path) as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name, spec in specs.items():
-            try:
-                _write_array(file, spec, produce(name))
-            except SafetensorsError as error:
-                raise SafetensorsError(f"{path}: tensor {name!r}: {error}") from None
-
-
-def _write_array(file: BinaryIO, spec: ArraySpec, produced: ArrayLike) -> None:
-    """Row-major little-endian bytes, made a piece at a time: a strided array is never copied whole."""
-    array, dtype = np.asarray(produced), _native(spec.dtype)
-    if array.shape != tuple(spec.shape) or _native(array.dtype) != dtype:
-        raise SafetensorsError(f"announced as {dtype} {spec.shape}, produced as {array.dtype} {array.shape}")
-    array = np.atleast_1d(array)
-    rows = max(1, _PIECE * len(array) // max(1, array.nbytes))
-    for start in range(0, len(array), rows):
-        piece = np.ascontiguousarray(array[start : start + rows], dtype=dtype)
-        file.write(piece.reshape(-1).view(np.uint8))
-
-
-def _native(dtype: Any) -> np.dtype:
-    return np.dtype(dtype).newbyteorder("=")
-
-
-def nbytes_of(spec: ArraySpec) -> int:
-    """What an array of that dtype and shape takes in a file."""
-    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
-
-
-def require_space(directory: Path, size: int) -> None:
-    """Raise a `SafetensorsError` unless the disk of `directory` has `size` bytes free."""
-    free = shutil.disk_usage(directory).free
-    if size > free:
-        raise SafetensorsError(f"{directory}: {size} bytes are to be written, the disk has {free} free")
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that comes to be at `path` complete and synced, or not at all."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(partial, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable, as after a rename."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -65,7 +65,7 @@ def save_model(
 
     def produce(name: str) -> np.ndarray:
         parameter, array, index = values[name]
-        value = np.asarray(array[index]).astype(specs[name].dtype)
+        value = np.asarray(array[index] if index else array).astype(specs[name].dtype, copy=False)
         return value.swapaxes(-1, -2) if parameter.transposed else value
 
     source = Path(model.source.path)

@@ -1,4 +1,4 @@
-"""From a Hugging Face config.json to a `DecoderConfig`. A family is a function here, and its docstring names checkpoints."""
+"""From a Hugging Face config.json to a `DecoderConfig`. A family is a function, and its docstring names checkpoints."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxft.hub.safetensors import ArraySpec, SafetensorsError
+from jaxft.hub.safetensors import SafetensorsError
+from jaxft.hub.safetensors_writer import ArraySpec
 
 Producer = Callable[[str], np.ndarray]
 

@@ -15,7 +15,8 @@ import safetensors
 import safetensors.numpy
 
 from jaxft.hub.checkpoint import Checkpoint, write_checkpoint
-from jaxft.hub.safetensors import SafetensorsError, SafetensorsFile, write_safetensors
+from jaxft.hub.safetensors import SafetensorsError, SafetensorsFile
+from jaxft.hub.safetensors_writer import write_safetensors
 
 RNG = np.random.default_rng(8)
 

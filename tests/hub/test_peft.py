@@ -14,7 +14,8 @@ import jaxft
 from jaxft.adapters.attach import attach, attach_factors, factors_of
 from jaxft.adapters.targets import LoraConfig
 from jaxft.hub.peft import HEAD_COPY
-from jaxft.hub.safetensors import SafetensorsFile, write_safetensors
+from jaxft.hub.safetensors import SafetensorsFile
+from jaxft.hub.safetensors_writer import write_safetensors
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

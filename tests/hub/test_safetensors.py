@@ -1,11 +1,10 @@
-"""Reader and writer against the safetensors library and torch, and against hostile files."""
+"""The format against the safetensors library and torch, and against hostile files."""
 
 import json
 import os
 import re
 from pathlib import Path
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,7 +13,8 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxft.hub.safetensors import DTYPES, SafetensorsError, SafetensorsFile, write_safetensors
+from jaxft.hub.safetensors import DTYPES, SafetensorsError, SafetensorsFile
+from jaxft.hub.safetensors_writer import write_safetensors
 
 RNG = np.random.default_rng(7)
 
@@ -114,33 +114,6 @@ def test_torch_reads_and_writes_the_same_bits(tmp_path, arrays):
     with SafetensorsFile(tmp_path / "theirs.safetensors") as file:
         for name, array in arrays.items():
             assert (file.info(name).dtype, bits(file.read(name))) == (array.dtype, bits(array))
-
-
-@pytest.mark.parametrize("make", [
-    pytest.param(lambda a: a.T, id="transposed"),
-    pytest.param(lambda a: a[::-2, 1::3], id="strided"),
-    pytest.param(lambda a: np.asfortranarray(a), id="fortran"),
-    pytest.param(lambda a: a.astype(">f4"), id="big-endian"),
-    pytest.param(lambda a: np.broadcast_to(a[:1], (6, 9)), id="broadcast"),
-    pytest.param(lambda a: jnp.asarray(a, jnp.bfloat16), id="jax"),
-])  # fmt: skip
-def test_writes_logical_order_whatever_the_memory(tmp_path, make):
-    array = make(random_array(np.dtype(np.float32), (6, 9)))
-    write_all(tmp_path / "x.safetensors", {"a": array, "b": np.arange(3)})
-    with SafetensorsFile(tmp_path / "x.safetensors") as file:
-        np.testing.assert_array_equal(file.read("a"), np.asarray(array))
-        assert file.read("a").dtype == np.asarray(array).dtype.newbyteorder("=")
-        np.testing.assert_array_equal(file.read("b"), [0, 1, 2])
-
-
-def test_pieces_of_a_large_strided_array_join(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxft.hub.safetensors._PIECE", 100)
-    array = random_array(np.dtype(np.int16), (7, 5, 11)).transpose(2, 0, 1)
-    wide = random_array(np.dtype(np.float64), (2, 50))
-    write_all(tmp_path / "x.safetensors", {"a": array, "wide": wide})
-    with SafetensorsFile(tmp_path / "x.safetensors") as file:
-        np.testing.assert_array_equal(file.read("a"), array)
-        np.testing.assert_array_equal(file.read("wide"), wide)
 
 
 # Slices, views, memory
@@ -361,23 +334,3 @@ def test_fuzzed_files_parse_as_in_the_library_or_raise_our_error(tmp_path_factor
     assert contents(path) == {
         name: (codes[info.dtype], info.shape, bits(file.read(name))) for name, info in file.tensors.items()
     }
-
-
-# Writing that fails
-
-
-@pytest.mark.parametrize("existing", [{}, {"x.safetensors": b"old"}])
-def test_a_failed_write_leaves_what_was_there(tmp_path, snapshot, failing_write, existing):
-    specs, produce, error, told = failing_write
-    for name, content in existing.items():
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(error, match=told):
-        write_safetensors(tmp_path / "x.safetensors", specs, produce)
-    assert snapshot(tmp_path) == existing
-
-
-def test_what_cannot_be_written_is_told_before_anything_is(tmp_path, snapshot, impossible_write):
-    specs, produce, options, told = impossible_write
-    with pytest.raises(SafetensorsError, match=told):
-        write_safetensors(tmp_path / "x.safetensors", specs, produce, **options)
-    assert snapshot(tmp_path) == {}

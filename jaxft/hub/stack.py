@@ -1,0 +1,126 @@
+"""Parameters that are made empty and filled in place, tensor by tensor, so that there is never a second copy.
+
+A compiled function encodes a tensor straight into the parameter that it is given, and gives it back. With 4-bit codes
+XLA's CPU backend cannot do that: it stores codes one by one, at 5 ns each, and for every tensor stores those of the
+whole parameter again, which takes minutes for 8B weights. Two codes in a byte it stores at the speed of memory. So on
+CPU a parameter is filled as bytes, and `finish` tells JAX that they are codes.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxft.models.decoder import Parameter
+from jaxft.models.linear import Weight
+from jaxft.quantization.qtensor import Format, QTensor, quantize
+from jaxft.sharding.layout import layout_of
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a parameter is kept.
+
+    Attributes:
+        stack: its leading axes, those that its tensors do not have.
+        dtype: of its values, unless it is quantized.
+        form: what it is quantized to.
+        sharding: how each of its tensors is cut; None: not at all.
+        stack_spec: how the leading axes are: those of layers never, that of experts over the mesh axis `expert`.
+        packed: the dtype of its codes, if they are two to a byte until it is finished.
+    """
+
+    stack: tuple[int, ...]
+    dtype: jnp.dtype
+    form: Format | None
+    sharding: NamedSharding | None
+    stack_spec: P
+    packed: jnp.dtype | None
+
+    @classmethod
+    def of(cls, parameter: Parameter, dtype: jnp.dtype, form: Format | None, mesh: Mesh | None) -> "Storage":
+        shape, sharding, stack_spec = parameter.tensor_shape, None, P()
+        device = next(iter(jnp.zeros(()).devices())) if mesh is None else mesh.devices.flat[0]
+        if mesh is not None:
+            stored = layout_of(parameter.name, parameter.shape, mesh, form.block_in if form else 1).stored
+            outside = len(parameter.shape) - len(shape)
+            sharding = NamedSharding(mesh, P(*stored[outside:]))
+            stack_spec = P(*(None,) * (len(parameter.stack) - outside), *stored[:outside])
+        packed = None
+        if form is not None and device.platform == "cpu":
+            codes = jax.eval_shape(partial(quantize, format=form), jax.ShapeDtypeStruct(shape, jnp.float32)).codes
+            width = shape[-1] if sharding is None else sharding.shard_shape(shape)[-1]
+            if jnp.iinfo(codes.dtype).bits == 4 and width % 2 == 0:
+                packed = codes.dtype
+        return cls(parameter.stack, dtype, form, sharding, stack_spec, packed)
+
+    def encode(self, x: jax.Array) -> Weight:
+        """One tensor as it is stored."""
+        if self.form is None:
+            return self.constrain(x.astype(self.dtype))
+        value = self.constrain(quantize(x, self.form))
+        if self.packed is not None:
+            pairs = value.codes.reshape(*value.codes.shape[:-1], -1, 2)
+            value = self.constrain(replace(value, codes=jax.lax.bitcast_convert_type(pairs, jnp.uint8)))
+        return value
+
+    def constrain(self, value: Weight, stacked: bool = False) -> Weight:
+        if self.sharding is None:
+            return value
+        mesh, spec = self.sharding.mesh, self.sharding.spec
+        if stacked:
+            spec = P(*self.stack_spec, *spec)
+        specs = value.specs(spec, mesh) if isinstance(value, QTensor) else spec
+        return jax.lax.with_sharding_constraint(value, jax.tree.map(partial(NamedSharding, mesh), specs))
+
+
+def add_tensor(weight: Weight | None, x: jax.Array, position: tuple[int, ...], storage: Storage) -> Weight:
+    """The parameter with `x` at `position` of its stack. What is given is used up; None is an empty parameter."""
+    if weight is None:
+        weight = _empty(x, storage)
+    return jax.block_until_ready(_add(weight, x, tuple(map(jnp.int32, position)), storage))
+
+
+@partial(jax.jit, static_argnames="storage")
+def _empty(x: jax.Array, storage: Storage) -> Weight:
+    value = jax.eval_shape(storage.encode, x)
+    stack = jax.tree.map(lambda leaf: jnp.zeros((*storage.stack, *leaf.shape), leaf.dtype), value)
+    return storage.constrain(stack, stacked=True)
+
+
+@partial(jax.jit, static_argnames="storage", donate_argnames="weight")
+def _add(weight: Weight, x: jax.Array, position: tuple[jax.Array, ...], storage: Storage) -> Weight:
+    def place(whole: jax.Array, part: jax.Array) -> jax.Array:
+        start = (*position, *(jnp.int32(0),) * part.ndim)
+        return jax.lax.dynamic_update_slice(whole, part.reshape((1,) * len(position) + part.shape), start)
+
+    return storage.constrain(jax.tree.map(place, weight, storage.encode(x)), stacked=True)
+
+
+def finish(weight: Weight, storage: Storage) -> Weight:
+    """The parameter, when all its tensors are there. What is given is used up."""
+    if storage.packed is None:
+        return weight
+    return replace(weight, codes=_typed(_declared(weight.codes, storage.packed), storage.packed))
+
+
+def _declared(pairs: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The same buffers as an array of 4-bit codes, which XLA stores as they are here: the first in the lower half.
+
+    JAX would convert them, at 2 ns a code and with twice the memory. The type is JAX's word only; the buffers get it
+    when the array has been through a compiled function.
+    """
+    *axes, width = pairs.shape
+    aval = jax.core.ShapedArray((*axes, 2 * width), dtype)
+    buffers = [shard.data for shard in pairs.addressable_shards]
+    return type(pairs)(aval, pairs.sharding, buffers, committed=pairs.committed, _skip_checks=True)
+
+
+@partial(jax.jit, static_argnames="dtype", donate_argnames="x")
+def _typed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x as it is. The dtype is named because JAX finds compiled functions by the type of the buffers."""
+    assert x.dtype == dtype
+    return x
