@@ -133,6 +133,15 @@ def test_peft_to_jaxft(bases, name, targets, tmp_path):
             jaxft.save_adapter(model, tmp_path / "again")
 
 
+@pytest.mark.parametrize("case", ["both", "by-expert"])
+def test_merged_experts_in_transformers(bases, case, tmp_path):
+    name, settings = OURS[case]
+    model = randomised(jaxft.load_model(bases(name)[1]), LoraConfig(r=3, lora_alpha=7, **settings))
+    jaxft.save_model(jaxft.merge_adapter(model), tmp_path)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    np.testing.assert_allclose(model(TOKENS), logits(merged), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     "name, settings, message",
     [
