@@ -98,6 +98,13 @@ class Checkpoint:
         """All names, shard by shard, in the order of their data."""
         return tuple(self._holder)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._holder
+
+    def path(self, name: str) -> Path:
+        """The file that holds `name`."""
+        return self._file(name).path
+
     def info(self, name: str) -> TensorInfo:
         return self._file(name).info(name)
 

@@ -17,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.hub.checkpoint import Checkpoint
+from jaxft.hub.kept import kept, tell
+from jaxft.hub.prequantized import Weights, open_weights
 from jaxft.hub.resolve import resolve_model
 from jaxft.models.config import DecoderConfig, Source
 from jaxft.models.decoder import Decoder, Parameter, Remat, describe, parameters
@@ -57,7 +59,9 @@ def load_model(
     Args:
         path: a model directory or a hub id.
         dtype: of stored weights and of activations, float32 or bfloat16.
-        quantization: int8, int4 or nf4 for the linear layers except the output head; None keeps `dtype`.
+        quantization: int8, int4 or nf4 for the linear layers except the output head; None keeps `dtype`. A
+            checkpoint that is already so quantized keeps its codes, any other is dequantized first
+            (`jaxft.hub.prequantized`, `jaxft.hub.kept`).
         mesh: devices to shard over, with axes data, fsdp, tensor (`jaxft.sharding.mesh.make_mesh`).
         revision: branch, tag or commit of a hub id.
         remat, scan_layers: see `Decoder`.
@@ -68,17 +72,19 @@ def load_model(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; weights are stored in {' or '.join(DTYPES)} (or see `quantization`)")
     resolved = resolve_model(str(path), revision)
-    config = decoder_config(read_json(resolved.path / "config.json"))
-    checkpoint = Checkpoint.open(resolved.path)
+    raw = read_json(resolved.path / "config.json")
+    config = decoder_config(raw)
+    checkpoint = open_weights(resolved.path, raw)
     check_tensors(checkpoint, config)
     storage = jnp.dtype(dtype)
     form = parse_format(quantization) if isinstance(quantization, str) else quantization
+    tell(checkpoint, form, dtype)
 
     def make(parameter: Parameter) -> Weight:
         return _place(checkpoint, parameter, storage, form if is_quantized(parameter) else None, mesh)
 
     model = Decoder(config, make, storage, remat, scan_layers)
-    model.source = Source(str(path), str(resolved.path), resolved.revision, fingerprint(checkpoint))
+    model.source = Source(str(path), str(resolved.path), resolved.revision, fingerprint(Checkpoint.open(resolved.path)))
     if mesh is not None:
         bind(model, mesh)
     return model
@@ -99,7 +105,7 @@ def is_quantized(parameter: Parameter) -> bool:
     return parameter.name.endswith("_proj.weight")
 
 
-def check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
+def check_tensors(checkpoint: Weights, config: DecoderConfig) -> None:
     """Every tensor of the file is a parameter of the model, and the reverse, with the same shape."""
     expected = {name: p.stored_shape for p, _ in parameters(describe(config)) for name in p.names}
     tied = config.names("lm_head.weight", None) if config.tie_word_embeddings else ()
@@ -156,6 +162,7 @@ def config_fingerprint(directory: Path) -> str:
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Identifies the weights without reading all of them: three samples from each tensor, its start, middle and end.
 
+    Of a quantized checkpoint these are the tensors as they are stored: its codes, scales and the rest.
     The same values in a wider dtype are the same weights.
     """
     digest = hashlib.sha256()
@@ -188,14 +195,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _place(
-    checkpoint: Checkpoint, parameter: Parameter, dtype: jnp.dtype, form: Format | None, mesh: Mesh | None
+    checkpoint: Weights, parameter: Parameter, dtype: jnp.dtype, form: Format | None, mesh: Mesh | None
 ) -> Weight:
     spec = None
     if mesh is not None:
         spec = layout_of(parameter.name, parameter.shape, mesh, form.block_in if form else 1).stored
     stack = None
     for index, name in zip(np.ndindex(parameter.stack), parameter.names, strict=True):
-        value = _encode(_read(checkpoint, parameter, name, mesh, spec), dtype, form, mesh, spec)
+        value = kept(checkpoint, name, form, mesh, spec)
+        if value is None:
+            value = _encode(_read(checkpoint, parameter, name, mesh, spec), dtype, form, mesh, spec)
         if not parameter.stack:
             return value
         if stack is None:
@@ -206,7 +215,7 @@ def _place(
     return stack
 
 
-def _read(checkpoint: Checkpoint, parameter: Parameter, name: str, mesh: Mesh | None, spec: P | None) -> jax.Array:
+def _read(checkpoint: Weights, parameter: Parameter, name: str, mesh: Mesh | None, spec: P | None) -> jax.Array:
     """One tensor of a parameter, in the dtype of the file; with a mesh each device reads its own part."""
 
     def part(cut: tuple[slice, ...]) -> np.ndarray:

@@ -70,6 +70,7 @@ def save_model(
 
     source = Path(model.source.path)
     config = read_json(source / "config.json")
+    config.pop("quantization_config", None)  # of the checkpoint that was read; what is written is plain
     written = {str(spec.dtype) for spec in specs.values()}
     if len(written) == 1:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = written.pop()

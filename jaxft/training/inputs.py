@@ -20,6 +20,7 @@ from jaxft.data.tokenized import check_vocabulary
 from jaxft.hub.checkpoint import Checkpoint
 from jaxft.hub.load import check_tensors, config_fingerprint, describe_model, fingerprint, load_model, read_json
 from jaxft.hub.peft import load_adapter
+from jaxft.hub.prequantized import open_weights
 from jaxft.hub.resolve import ResolvedModel, resolve_model
 from jaxft.models.config import DecoderConfig, Rope, Source
 from jaxft.models.decoder import Decoder
@@ -155,8 +156,9 @@ def gather(config: Config) -> Inputs:
     """
     mesh = make_mesh(config.mesh.model_dump())
     resolved = resolve_model(config.model_name_or_path, config.model_revision)
-    decoder = decoder_config(read_json(resolved.path / "config.json"))
-    check_tensors(Checkpoint.open(resolved.path), decoder)
+    raw = read_json(resolved.path / "config.json")
+    decoder = decoder_config(raw)
+    check_tensors(open_weights(resolved.path, raw), decoder)
     renderer = Renderer(load_tokenizer(resolved.path), config.chat_template)
     data = prepare(
         config.datasets,
