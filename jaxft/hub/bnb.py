@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.hub.checkpoint import Checkpoint
-from jaxft.hub.encoded import FLOATS, Encoded, check_part, wrong_part
+from jaxft.hub.encoded import FLOATS, Encoded, Files, check_part, wrong_part
 from jaxft.hub.safetensors import SafetensorsError, strict_json
 
 _PART = re.compile(
@@ -101,7 +100,7 @@ class EightBit(Encoded):
         return self.files.read(self.scales).astype(np.float32)
 
 
-def find(files: Checkpoint, settings: dict[str, Any]) -> dict[str, Encoded]:
+def find(files: Files, settings: dict[str, Any]) -> dict[str, Encoded]:
     """The quantized weights of `files`, by name. The files say all there is to know; `settings` are not needed.
 
     Raises:
@@ -118,7 +117,7 @@ def find(files: Checkpoint, settings: dict[str, Any]) -> dict[str, Encoded]:
     return found
 
 
-def _four_bit(files: Checkpoint, name: str, parts: list[str]) -> FourBit:
+def _four_bit(files: Files, name: str, parts: list[str]) -> FourBit:
     states = [part for part in parts if ".quant_state." in part]
     if len(states) != 1:
         fault = "is missing" if not states else f"is there {len(states)} times"
@@ -178,7 +177,7 @@ def _parse_state(text: bytes) -> dict[str, Any]:
     return state
 
 
-def _eight_bit(files: Checkpoint, name: str) -> EightBit:
+def _eight_bit(files: Files, name: str) -> EightBit:
     shape, module = files.info(name).shape, name.removesuffix(".weight")
     scales, layout = f"{module}.SCB", f"{module}.weight_format"
     if len(shape) != 2:

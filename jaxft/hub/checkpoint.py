@@ -230,7 +230,7 @@ def _no_weights(present: list[str], stem: str) -> str:
         return f"holds the shards {_a_few(shards)} without {index}; download it as well"
     return (
         f"holds neither {stem}.safetensors nor {index}, but {_a_few(present)}. "
-        "A model published only as GGUF or as pickles has to be converted to safetensors first"
+        "Of a model published as GGUF give the .gguf file itself; one published as pickles only has to be converted"
     )
 
 

@@ -5,17 +5,32 @@ fit, and decodes any rows of the weight. Everything is numpy, as it runs on the 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from jaxft.hub.checkpoint import Checkpoint
-from jaxft.hub.safetensors import SafetensorsError
+from jaxft.hub.safetensors import SafetensorsError, TensorInfo
 
 FLOAT32 = np.dtype(np.float32)
 FLOATS = ("float32", "bfloat16", "float16")
 """The dtypes of scales."""
+
+
+class Files(Protocol):
+    """Tensors as they are stored: a `Checkpoint`, or a file of another kind that reads like one."""
+
+    directory: Path
+    metadata: Mapping[str, str]
+
+    def names(self) -> tuple[str, ...]: ...
+    def __contains__(self, name: str) -> bool: ...
+    def path(self, name: str) -> Path: ...
+    def info(self, name: str) -> TensorInfo: ...
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray: ...
+    def release(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +42,14 @@ class Encoded(ABC):
         shape: of the weight, as the model's config has it.
         parts: names of all tensors that belong to it, those too that decoding does without.
         dtype: of what `decode` gives.
+        coded: the file holds codes, not the values themselves.
     """
 
-    files: Checkpoint
+    files: Files
     shape: tuple[int, ...]
     parts: tuple[str, ...]
     dtype: np.dtype = FLOAT32
+    coded: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +62,7 @@ class Encoded(ABC):
 
 
 def check_part(
-    files: Checkpoint, name: str, *, of: str, dtypes: Collection[str], shape: tuple[int, ...] | None = None
+    files: Files, name: str, *, of: str, dtypes: Collection[str], shape: tuple[int, ...] | None = None
 ) -> None:
     """Raise SafetensorsError unless the files hold `name`, a part of the weight `of`, with this dtype and shape."""
     if name not in files:
@@ -57,7 +74,7 @@ def check_part(
         raise wrong_part(files, name, of, f"is of shape {info.shape}, expected {shape}")
 
 
-def wrong_part(files: Checkpoint, name: str, of: str, fault: str) -> SafetensorsError:
+def wrong_part(files: Files, name: str, of: str, fault: str) -> SafetensorsError:
     """The error for a part that is there, but is not what the weight `of` needs."""
     about = "" if name == of else f", a part of {of},"
     return SafetensorsError(f"{files.path(name)}: {name}{about} {fault}")

@@ -17,8 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxft.hub.checkpoint import Checkpoint
-from jaxft.hub.encoded import FLOATS, Encoded, check_part, wrong_part
+from jaxft.hub.encoded import FLOATS, Encoded, Files, check_part, wrong_part
 
 CODES = tuple(map(np.dtype, (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.int8)))
 _SCALES = ("_scale_inv", "_scale")
@@ -49,7 +48,7 @@ class Scaled(Encoded):
         return values
 
 
-def find(files: Checkpoint, settings: dict[str, Any]) -> dict[str, Encoded]:
+def find(files: Files, settings: dict[str, Any]) -> dict[str, Encoded]:
     """The 8-bit weights of `files`, by name.
 
     Raises:
@@ -86,7 +85,7 @@ def _block_size(settings: dict[str, Any]) -> tuple[int, int] | None:
     return declared[0], declared[1]
 
 
-def _scaled(files: Checkpoint, name: str, declared: tuple[int, int] | None) -> Scaled:
+def _scaled(files: Files, name: str, declared: tuple[int, int] | None) -> Scaled:
     shape, module = files.info(name).shape, name.removesuffix(".weight")
     if len(shape) != 2:
         raise wrong_part(files, name, name, f"is of shape {shape}, expected [out, in]")

@@ -62,7 +62,8 @@ def tell(weights: Weights, form: Format | None, dtype: str) -> None:
     """Log what becomes of the codes of a quantized checkpoint that are not kept."""
     if not isinstance(weights, Prequantized):
         return
-    lost = [weight for weight in weights.encoded.values() if form is None or not _is_form(weight, form)]
+    coded = [weight for weight in weights.encoded.values() if weight.coded]
+    lost = [weight for weight in coded if form is None or not _is_form(weight, form)]
     if not lost:
         return
     now = f"dequantized to {dtype}" if form is None else f"dequantized, and those of the layers quantized as {form}"

@@ -13,8 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxft.hub.checkpoint import Checkpoint
-from jaxft.hub.encoded import Encoded, check_part, wrong_part
+from jaxft.hub.encoded import Encoded, Files, check_part, wrong_part
 
 _MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _LEVELS = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
@@ -37,7 +36,7 @@ class Microscaled(Encoded):
         return values.astype(self.dtype).reshape(*scales.shape[:2], -1).swapaxes(1, 2)
 
 
-def find(files: Checkpoint, settings: dict[str, Any]) -> dict[str, Encoded]:
+def find(files: Files, settings: dict[str, Any]) -> dict[str, Encoded]:
     """The experts of `files`, by name. The files say all there is to know; `settings` are not needed.
 
     Raises:

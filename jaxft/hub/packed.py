@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.hub.checkpoint import Checkpoint
-from jaxft.hub.encoded import FLOATS, Encoded, check_part, wrong_part
+from jaxft.hub.encoded import FLOATS, Encoded, Files, check_part, wrong_part
 
 _AWQ_BITS = 4
 _AWQ_SHIFTS = 4 * np.array([0, 4, 1, 5, 2, 6, 3, 7])  # of columns 0 to 7
@@ -78,7 +77,7 @@ def _dequantize(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, groups
     return values.T
 
 
-def find_awq(files: Checkpoint, settings: dict[str, Any]) -> dict[str, Encoded]:
+def find_awq(files: Files, settings: dict[str, Any]) -> dict[str, Encoded]:
     """The weights that AWQ packed, by name.
 
     Raises:
@@ -103,7 +102,7 @@ def find_awq(files: Checkpoint, settings: dict[str, Any]) -> dict[str, Encoded]:
     return found
 
 
-def find_gptq(files: Checkpoint, settings: dict[str, Any]) -> dict[str, Encoded]:
+def find_gptq(files: Files, settings: dict[str, Any]) -> dict[str, Encoded]:
     """The weights that GPTQ packed, by name. Raises as `find_awq`."""
     bits = settings.get("bits")
     version = settings.get("checkpoint_format") or settings.get("format") or "gptq"
@@ -140,7 +139,7 @@ def find_gptq(files: Checkpoint, settings: dict[str, Any]) -> dict[str, Encoded]
     return found
 
 
-def _modules(files: Checkpoint) -> list[tuple[str, str]]:
+def _modules(files: Files) -> list[tuple[str, str]]:
     """(module, name of its weight) of all that is packed."""
     modules = [name.removesuffix(".qweight") for name in files.names() if name.endswith(".qweight")]
     for module in modules:
@@ -151,7 +150,7 @@ def _modules(files: Checkpoint) -> list[tuple[str, str]]:
     return [(module, f"{module}.weight") for module in modules]
 
 
-def _group_size(files: Checkpoint, settings: dict[str, Any], width: int) -> int:
+def _group_size(files: Files, settings: dict[str, Any], width: int) -> int:
     declared = settings.get("group_size")
     if declared == -1:
         return width

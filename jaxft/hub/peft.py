@@ -17,7 +17,7 @@ import numpy as np
 from jaxft.adapters.attach import Factors, attach_factors, factors_of, sites
 from jaxft.adapters.targets import OUTPUT_HEAD, LoraConfig
 from jaxft.hub.checkpoint import Checkpoint, staged_in
-from jaxft.hub.load import read_json
+from jaxft.hub.model_files import read_json
 from jaxft.hub.safetensors import write_safetensors
 from jaxft.models.decoder import Decoder
 

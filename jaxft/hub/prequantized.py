@@ -1,6 +1,6 @@
 """Checkpoints that were quantized before they were published, shown as if they had not been.
 
-`open_weights` gives what the loader reads: the files themselves, or `Prequantized`, where every weight has the name
+`open_directory` gives what the loader reads: the files themselves, or `Prequantized`, where every weight has the name
 and shape that the model knows and is dequantized as it is read, while its codes, scales and zeros are out of sight.
 What a format leaves unexplained stays in sight, so a strict loader still refuses it. A weight whose codes jaxft
 can compute with is taken over as it is; see `jaxft.hub.kept`.
@@ -19,10 +19,10 @@ import numpy as np
 
 from jaxft.hub import bnb, float8, mxfp4, packed
 from jaxft.hub.checkpoint import Checkpoint
-from jaxft.hub.encoded import Encoded
+from jaxft.hub.encoded import Encoded, Files
 from jaxft.hub.safetensors import SafetensorsError, TensorInfo
 
-METHODS: Mapping[str, Callable[[Checkpoint, dict[str, Any]], dict[str, Encoded]]] = {
+METHODS: Mapping[str, Callable[[Files, dict[str, Any]], dict[str, Encoded]]] = {
     "awq": packed.find_awq,
     "bitsandbytes": bnb.find,
     "compressed-tensors": float8.find,
@@ -50,7 +50,7 @@ class DecodedInfo:
 class Prequantized:
     """The weights that `files` stand for. Reads like a `Checkpoint`, except that decoded weights are copies."""
 
-    def __init__(self, files: Checkpoint, encoded: Mapping[str, Encoded], method: str):
+    def __init__(self, files: Files, encoded: Mapping[str, Encoded], method: str):
         self.files = files
         self.directory = files.directory
         self.metadata = files.metadata
@@ -106,7 +106,7 @@ Weights = Checkpoint | Prequantized
 """What a model is loaded from."""
 
 
-def open_weights(directory: Path, config: Mapping[str, Any]) -> Weights:
+def open_directory(directory: Path, config: Mapping[str, Any]) -> Weights:
     """The weights of a model directory under their plain names, whatever they are stored as.
 
     Args:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.hub.checkpoint import write_checkpoint
 from jaxft.hub.kept import kept
-from jaxft.hub.prequantized import open_weights
+from jaxft.hub.prequantized import open_directory
 from jaxft.hub.safetensors import SafetensorsError
 from jaxft.quantization.integer import Int4, Int8
 from jaxft.quantization.nf4 import NF4
@@ -55,7 +55,7 @@ def int8(w) -> dict[str, np.ndarray]:
 def stored(directory, tensors):
     plain = {"model.norm.weight": np.arange(5, dtype=np.float32)}
     write_checkpoint(directory, tensors | plain, (tensors | plain).__getitem__)
-    return open_weights(directory, CONFIG)
+    return open_directory(directory, CONFIG)
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -7,7 +7,7 @@ import torch
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from jaxft.hub.checkpoint import write_checkpoint
-from jaxft.hub.prequantized import open_weights
+from jaxft.hub.prequantized import open_directory
 from jaxft.hub.safetensors import SafetensorsError
 
 X = "model.self_attn.k_proj.weight"
@@ -31,7 +31,7 @@ def scales(shape, dtype=np.float32, seed=1):
 
 def stored(directory, settings, tensors):
     write_checkpoint(directory, tensors, tensors.__getitem__)
-    return open_weights(directory, {"quantization_config": settings})
+    return open_directory(directory, {"quantization_config": settings})
 
 
 def slowly(weight, scale, rows, columns):

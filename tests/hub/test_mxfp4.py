@@ -6,7 +6,7 @@ import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from jaxft.hub.checkpoint import write_checkpoint
-from jaxft.hub.prequantized import open_weights
+from jaxft.hub.prequantized import open_directory
 from jaxft.hub.safetensors import SafetensorsError
 
 X = "model.layers.0.mlp.experts.gate_up_proj"
@@ -24,7 +24,7 @@ def experts(experts=3, out=10, groups=2, low=100, high=140):
 def stored(directory, tensors):
     plain = {f"{X}_bias": np.arange(4, dtype=np.float32)}
     write_checkpoint(directory, tensors | plain, (tensors | plain).__getitem__)
-    return open_weights(directory, CONFIG)
+    return open_directory(directory, CONFIG)
 
 
 @pytest.mark.parity

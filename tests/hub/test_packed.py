@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxft.hub.checkpoint import write_checkpoint
-from jaxft.hub.prequantized import open_weights
+from jaxft.hub.prequantized import open_directory
 
 MODULE = "model.x"
 X = f"{MODULE}.weight"
@@ -15,7 +15,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
 def stored(directory, settings, tensors):
     tensors = {f"{MODULE}.{name}": value for name, value in tensors.items()}
     write_checkpoint(directory, tensors, tensors.__getitem__)
-    return open_weights(directory, {"quantization_config": settings})
+    return open_directory(directory, {"quantization_config": settings})
 
 
 def grid(width, out, groups, bits, seed=0):

@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxft.hub.checkpoint import Checkpoint, write_checkpoint
 from jaxft.hub.load import describe_model, fingerprint, load_model, read_json
-from jaxft.hub.prequantized import METHODS, open_weights
+from jaxft.hub.prequantized import METHODS, open_directory
 from jaxft.hub.save import save_model
 from jaxft.models.families import decoder_config
 from jaxft.sharding.mesh import make_mesh
@@ -112,7 +112,7 @@ def test_a_dequantized_model_is_saved_as_a_plain_one(quantized, tmp_path):
     model = load_model(directory)
     save_model(model, tmp_path / "saved")
     assert "quantization_config" not in read_json(tmp_path / "saved" / "config.json")
-    shown = open_weights(directory, read_json(directory / "config.json"))
+    shown = open_directory(directory, read_json(directory / "config.json"))
     written = Checkpoint.open(tmp_path / "saved")
     assert set(written.names()) == set(shown.names())
     for name in written.names():
@@ -197,4 +197,4 @@ def test_methods_that_do_not_fit(quantized, settings, message):
 def test_quantized_gpt2_is_refused(quantized):
     config = LLAMA | {"model_type": "gpt2", "quantization_config": NF4_SETTINGS}
     with pytest.raises(ValueError, match="quantized checkpoints of gpt2 are not supported"):
-        open_weights(quantized(nf4, NF4_SETTINGS), config)
+        open_directory(quantized(nf4, NF4_SETTINGS), config)
