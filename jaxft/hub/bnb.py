@@ -47,23 +47,39 @@ class FourBit(Encoded):
     blocksize: int
     nested: Nested | None
 
-    def decode(self, begin: int, end: int) -> np.ndarray:
-        width = prod(self.shape[1:])
-        first, last = begin * width, end * width
+    def decode(self, begin: int, end: int, columns: slice) -> np.ndarray:
         pairs = np.stack([np.repeat(self.levels, 16), np.tile(self.levels, 16)], axis=-1)
-        values = pairs[self._bytes(first, last)].reshape(-1)[first % 2 :][: last - first]
+        values = self._unpack(pairs, begin, end, columns)
+        lines, width = values.reshape(-1, values.shape[-1]), self.shape[-1]
+        first = begin * prod(self.shape[1:-1]) * width + columns.start  # the place of the first value in the whole
+        last = first + (len(lines) - 1) * width + lines.shape[1]
         block = first // self.blocksize
         absmax = self.absmax(block, -(-last // self.blocksize))
-        values *= np.repeat(absmax, self.blocksize)[first - block * self.blocksize :][: last - first]
-        return values.reshape(-1, *self.shape[1:])
+        if lines.shape[1] == width:
+            lines *= np.repeat(absmax, self.blocksize)[first % self.blocksize :][: lines.size].reshape(lines.shape)
+        else:
+            places = np.arange(len(lines))[:, None] * width + np.arange(lines.shape[1])
+            lines *= absmax[(places + first % self.blocksize) // self.blocksize]
+        return values
 
-    def codes(self, begin: int, end: int) -> np.ndarray:
-        """The indices into `levels` of the rows `begin` to `end`, uint8."""
-        width = prod(self.shape[1:])
-        first, last = begin * width, end * width
-        packed = self._bytes(first, last)
-        both = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)
-        return both[first % 2 :][: last - first].reshape(-1, *self.shape[1:])
+    def codes(self, begin: int, end: int, columns: slice) -> np.ndarray:
+        """The indices into `levels` of these rows and columns, uint8."""
+        both = np.arange(256, dtype=np.uint8)
+        return self._unpack(np.stack([both >> 4, both & 15], axis=-1), begin, end, columns)
+
+    def _unpack(self, pairs: np.ndarray, begin: int, end: int, columns: slice) -> np.ndarray:
+        """The first and second value that `pairs` [256, 2] has for each byte, contiguous."""
+        width, count = self.shape[-1], columns.stop - columns.start
+        lines = prod(self.shape[1:-1])
+        packed = self.files.read(self.name).reshape(-1).view(np.uint8)
+        first, last = begin * lines * width, end * lines * width
+        if width % 2:  # rows begin inside of bytes
+            values = pairs[packed[first // 2 : -(-last // 2)]].reshape(-1)[first % 2 :][: last - first]
+            values = values.reshape(-1, width)[:, columns]
+        else:
+            part = packed[first // 2 : last // 2].reshape(-1, width // 2)[:, columns.start // 2 : -(-columns.stop // 2)]
+            values = pairs[part].reshape(len(part), -1)[:, columns.start % 2 :][:, :count]
+        return np.ascontiguousarray(values).reshape(end - begin, *self.shape[1:-1], count)
 
     def absmax(self, begin: int, end: int) -> np.ndarray:
         """The scales of the blocks `begin` to `end`, f32."""
@@ -77,10 +93,6 @@ class FourBit(Encoded):
         """The scales of all blocks as the file has them."""
         return self.files.read(f"{self.name}.absmax").reshape(-1)
 
-    def _bytes(self, first: int, last: int) -> np.ndarray:
-        """The bytes with the codes `first` to `last`."""
-        return self.files.read(self.name).reshape(-1).view(np.uint8)[first // 2 : -(-last // 2)]
-
 
 @dataclass(frozen=True, kw_only=True)
 class EightBit(Encoded):
@@ -89,11 +101,11 @@ class EightBit(Encoded):
     name: str
     scales: str
 
-    def decode(self, begin: int, end: int) -> np.ndarray:
-        return self.codes(begin, end) * self.absmax()[begin:end, None] * np.float32(1 / 127)
+    def decode(self, begin: int, end: int, columns: slice) -> np.ndarray:
+        return self.codes(begin, end, columns) * self.absmax()[begin:end, None] * np.float32(1 / 127)
 
-    def codes(self, begin: int, end: int) -> np.ndarray:
-        return self.files.read(self.name, (slice(begin, end),))
+    def codes(self, begin: int, end: int, columns: slice) -> np.ndarray:
+        return self.files.read(self.name, (slice(begin, end), columns))
 
     def absmax(self) -> np.ndarray:
         """Largest magnitude of each row, f32 [out]."""

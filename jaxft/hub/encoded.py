@@ -52,13 +52,20 @@ class Encoded(ABC):
     coded: bool = True
 
     @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that it takes in the file."""
         return sum(self.files.info(part).nbytes for part in self.parts)
 
     @abstractmethod
-    def decode(self, begin: int, end: int) -> np.ndarray:
-        """The values at `begin` to `end` of the first axis."""
+    def decode(self, begin: int, end: int, columns: slice) -> np.ndarray:
+        """The values at `begin` to `end` of the first axis and at `columns`, two positions, of the last.
+
+        A weight of one axis has no columns; whatever is given is of no account.
+        """
 
 
 def check_part(

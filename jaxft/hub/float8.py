@@ -37,14 +37,14 @@ class Scaled(Encoded):
     scales: str
     block: tuple[int, int]
 
-    def decode(self, begin: int, end: int) -> np.ndarray:
-        codes = self.files.read(self.name, (slice(begin, end),))
+    def decode(self, begin: int, end: int, columns: slice) -> np.ndarray:
+        codes = np.ascontiguousarray(self.files.read(self.name, (slice(begin, end), columns)))
         table = np.arange(256, dtype=np.uint8).view(codes.dtype).astype(np.float32)
         values = table[codes.view(np.uint8)]
-        rows, columns = self.block
+        rows, width = self.block
         grid = self.files.read(self.scales).reshape(-(-self.shape[0] // rows), -1)
         scales = grid[np.arange(begin, end) // rows].astype(np.float32)
-        values *= np.repeat(scales, columns, axis=1)[:, : self.shape[1]]
+        values *= scales[:, np.arange(columns.start, columns.stop) // width]
         return values
 
 

@@ -146,15 +146,20 @@ class Ggml(Encoded):
     heads: int | None = None  # whose rows are interleaved
     offset: float = 0.0
 
-    def decode(self, begin: int, end: int) -> np.ndarray:
+    def decode(self, begin: int, end: int, columns: slice) -> np.ndarray:
         import gguf
 
         rows: slice | np.ndarray = slice(begin, end)
         if self.heads is not None:  # row 2i + h of a head is row h * (half the head) + i of Hugging Face's
             order = np.arange(self.shape[0]).reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
             rows = order[rows]
-        values = gguf.dequantize(self.files.read(self.name)[rows], self.kind)
-        return (values - np.float32(self.offset)) if self.offset else values
+        if self.ndim == 1:
+            return gguf.dequantize(self.files.read(self.name)[rows], self.kind) - np.float32(self.offset)
+        length, size = gguf.GGML_QUANT_SIZES[self.kind]  # of a block: values and bytes
+        first, last = columns.start // length, -(-columns.stop // length)
+        unit = size // self.files.info(self.name).dtype.itemsize
+        blocks = self.files.read(self.name)[rows, ..., first * unit : last * unit]
+        return gguf.dequantize(blocks, self.kind)[..., columns.start - first * length : columns.stop - first * length]
 
 
 def open_gguf(path: Path) -> Prequantized:

@@ -34,7 +34,7 @@ _NESTED_BLOCK = 256
 def kept(weights: Weights, name: str, form: Format | None, mesh: Mesh | None, spec: P | None) -> QTensor | None:
     """The weight `name` in the codes of the file, placed as `form` would have it; None: they are of another format.
 
-    With a mesh each device gets its own part, and only the rows that it needs are unpacked.
+    With a mesh each device gets its own part, and only what it needs is unpacked.
     """
     weight = weights.encoded.get(name) if isinstance(weights, Prequantized) else None
     if form is None or weight is None or not _is_form(weight, form):
@@ -45,8 +45,8 @@ def kept(weights: Weights, name: str, form: Format | None, mesh: Mesh | None, sp
     def part(leaf: jax.ShapeDtypeStruct | np.ndarray, cut: tuple[slice, ...]) -> np.ndarray:
         if leaf is not codes:
             return leaf[cut]
-        begin, end, _ = cut[0].indices(weight.shape[0])
-        part = weight.codes(begin, end)[:, cut[1]]
+        (begin, end, _), (left, right, _) = (s.indices(n) for s, n in zip(cut, weight.shape, strict=True))
+        part = weight.codes(begin, end, slice(left, right))
         return part.view(ml_dtypes.uint4) if isinstance(weight, FourBit) else part
 
     if mesh is None:

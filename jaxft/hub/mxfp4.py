@@ -29,8 +29,8 @@ class Microscaled(Encoded):
 
     dtype: np.dtype = _BFLOAT16
 
-    def decode(self, begin: int, end: int) -> np.ndarray:
-        blocks, scales = (self.files.read(part, (slice(begin, end),)) for part in self.parts)
+    def decode(self, begin: int, end: int, columns: slice) -> np.ndarray:
+        blocks, scales = (self.files.read(part, (slice(begin, end), columns)) for part in self.parts)
         values = _PAIRS[blocks].reshape(*scales.shape, _GROUP)
         values *= _POWERS[scales][..., None]
         return values.astype(self.dtype).reshape(*scales.shape[:2], -1).swapaxes(1, 2)

@@ -27,21 +27,20 @@ class Packed(Encoded):
 
     module: str
 
-    def part(self, name: str, columns: slice) -> np.ndarray:
-        return np.ascontiguousarray(self.files.read(f"{self.module}.{name}", (slice(None), columns)))
+    def part(self, name: str, out: slice, rows: slice = slice(None)) -> np.ndarray:
+        return np.ascontiguousarray(self.files.read(f"{self.module}.{name}", (rows, out)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Awq(Packed):
     group_size: int
 
-    def decode(self, begin: int, end: int) -> np.ndarray:
+    def decode(self, begin: int, end: int, columns: slice) -> np.ndarray:
         words = slice(begin // 8, -(-end // 8))
+        packed = self.part("qweight", words, columns), self.part("qzeros", words)
         inside = slice(begin % 8, begin % 8 + end - begin)
-        codes, zeros = (
-            _unpack(self.part(part, words), _AWQ_SHIFTS, _AWQ_BITS)[:, inside] for part in ("qweight", "qzeros")
-        )
-        groups = np.arange(self.shape[1]) // self.group_size
+        codes, zeros = (_unpack(part, _AWQ_SHIFTS, _AWQ_BITS)[:, inside] for part in packed)
+        groups = np.arange(columns.start, columns.stop) // self.group_size
         return _dequantize(codes, zeros, self.part("scales", slice(begin, end)), groups)
 
 
@@ -51,14 +50,16 @@ class Gptq(Packed):
     add_to_zeros: int
     groups: np.ndarray  # int [in]: the group of each input
 
-    def decode(self, begin: int, end: int) -> np.ndarray:
+    def decode(self, begin: int, end: int, columns: slice) -> np.ndarray:
         shifts = np.arange(0, 32, self.bits)
-        codes = _unpack(self.part("qweight", slice(begin, end)).T, shifts, self.bits).T
         per_word = len(shifts)
+        packed = self.part("qweight", slice(begin, end), slice(columns.start // per_word, -(-columns.stop // per_word)))
+        codes = _unpack(packed.T, shifts, self.bits).T
+        codes = codes[columns.start % per_word :][: columns.stop - columns.start]
         words = slice(begin // per_word, -(-end // per_word))
         zeros = _unpack(self.part("qzeros", words), shifts, self.bits)
         zeros = zeros[:, begin % per_word :][:, : end - begin] + self.add_to_zeros
-        return _dequantize(codes, zeros, self.part("scales", slice(begin, end)), self.groups)
+        return _dequantize(codes, zeros, self.part("scales", slice(begin, end)), self.groups[columns])
 
 
 def _unpack(words: np.ndarray, shifts: np.ndarray, bits: int) -> np.ndarray:

@@ -78,21 +78,22 @@ class Prequantized:
         return DecodedInfo(weight.dtype, weight.shape, weight.nbytes)
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor `name`, or its part `index` as numpy slices it; only the rows asked for are decoded."""
+        """The tensor `name`, or its part `index` as numpy slices it; of rows and columns only those are decoded."""
         if (weight := self.encoded.get(name)) is None:
             return self.files.read(name, index)
-        rows, *others = index or (slice(None),)
-        begin, end, step = rows.indices(weight.shape[0])
-        if step != 1:
-            return self.read(name, (slice(None), *others))[rows]
-        cut = tuple(others)
-        width = prod(weight.shape[1:])
-        shape = (max(end - begin, 0), *(len(range(n)[s]) for n, s in zip(weight.shape[1:], cut, strict=False)))
-        result = np.empty((*shape, *weight.shape[len(shape) :]), weight.dtype)
-        rows_at_once = max(1, _CHUNK // width)
-        for start in range(begin, end, rows_at_once):
-            stop = min(start + rows_at_once, end)
-            result[start - begin : stop - begin] = weight.decode(start, stop)[(slice(None), *cut)]
+        given = index or ()
+        given = (*given, *[slice(None)] * (weight.ndim - len(given)))
+        cuts = [range(n)[cut] for n, cut in zip(weight.shape, given, strict=True)]
+        if any(cut.step != 1 for cut in cuts):
+            return self.read(name)[index]
+        rows, *inner = cuts
+        columns = slice(cuts[-1].start, cuts[-1].stop)
+        middle = tuple(slice(cut.start, cut.stop) for cut in inner[:-1])
+        result = np.empty(tuple(map(len, cuts)), weight.dtype)
+        rows_at_once = max(1, _CHUNK // max(1, prod(weight.shape[1:-1]) * len(cuts[-1])))
+        for done in range(0, result.size and len(rows), rows_at_once):
+            part = rows[done : done + rows_at_once]
+            result[done : done + len(part)] = weight.decode(part.start, part.stop, columns)[(slice(None), *middle)]
         return result
 
     def release(self, name: str) -> None:

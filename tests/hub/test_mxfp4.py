@@ -38,7 +38,7 @@ def test_as_transformers_decodes(tmp_path, low, high):
     found = weights.read(X)
     assert found.dtype == weights.info(X).dtype == "bfloat16"
     np.testing.assert_array_equal(found.astype(np.float32), expected)
-    for cut in (np.s_[1:2], np.s_[:, 5:9], np.s_[2:, 60:, ::3]):
+    for cut in (np.s_[1:2], np.s_[:, 5:9], np.s_[1:, 3:50, 2:7], np.s_[2:, 60:, ::3]):
         cut = cut if isinstance(cut, tuple) else (cut,)
         np.testing.assert_array_equal(weights.read(X, cut).astype(np.float32), expected[cut])
 

@@ -120,6 +120,15 @@ def test_a_dequantized_model_is_saved_as_a_plain_one(quantized, tmp_path):
     chex.assert_trees_all_equal(arrays(load_model(tmp_path / "saved")), arrays(model))
 
 
+def test_large_weights_are_decoded_in_pieces(quantized, monkeypatch):
+    directory = quantized(double_nf4, NF4_SETTINGS)
+    shown, name = open_directory(directory, read_json(directory / "config.json")), "model.layers.1.mlp.up_proj.weight"
+    whole = shown.read(name)
+    monkeypatch.setattr("jaxft.hub.prequantized._CHUNK", 1000)
+    for cut in (np.s_[:, :], np.s_[3:100, :], np.s_[1:, 7:50]):
+        np.testing.assert_array_equal(shown.read(name, cut), whole[cut])
+
+
 def test_a_model_is_known_by_its_stored_tensors(quantized):
     directory = quantized(double_nf4, NF4_SETTINGS)
     expected = fingerprint(Checkpoint.open(directory))
