@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Loss and perplexity of a model on a file of examples.")
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="model directory or hub id")
+    add("--model", required=True, metavar="DIR", help="model directory, GGUF file or hub id")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--adapter", metavar="DIR", help="PEFT adapter directory; its tokenizer is used if it holds one")
     add("--data", required=True, metavar="FILE", help="examples, in any format that training reads")
