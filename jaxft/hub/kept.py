@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding
 
 from jaxft.hub.bnb import EightBit, FourBit
 from jaxft.hub.encoded import Encoded
@@ -31,14 +30,20 @@ logger = logging.getLogger(__name__)
 _NESTED_BLOCK = 256
 
 
-def kept(weights: Weights, name: str, form: Format | None, mesh: Mesh | None, spec: P | None) -> QTensor | None:
+def keeps(weights: Weights, name: str, form: Format | None) -> bool:
+    """Whether the file has the weight `name` in the codes of `form`."""
+    weight = weights.encoded.get(name) if isinstance(weights, Prequantized) else None
+    return weight is not None and form is not None and _is_form(weight, form)
+
+
+def kept(weights: Weights, name: str, form: Format | None, sharding: NamedSharding | None) -> QTensor | None:
     """The weight `name` in the codes of the file, placed as `form` would have it; None: they are of another format.
 
-    With a mesh each device gets its own part, and only what it needs is unpacked.
+    With a sharding, that of the weight, each device gets its own part, and only what it needs is unpacked.
     """
-    weight = weights.encoded.get(name) if isinstance(weights, Prequantized) else None
-    if form is None or weight is None or not _is_form(weight, form):
+    if not keeps(weights, name, form):
         return None
+    weight = weights.encoded[name]
     codes = jax.ShapeDtypeStruct(weight.shape, jnp.uint4 if isinstance(weight, FourBit) else jnp.int8)
     value = QTensor(codes, *_scales(weight, form), format=form)
 
@@ -49,12 +54,14 @@ def kept(weights: Weights, name: str, form: Format | None, mesh: Mesh | None, sp
         part = weight.codes(begin, end, slice(left, right))
         return part.view(ml_dtypes.uint4) if isinstance(weight, FourBit) else part
 
-    if mesh is None:
+    if sharding is None:
         return jax.tree.map(lambda leaf: jnp.asarray(part(leaf, (slice(None),) * leaf.ndim)), value)
     return jax.tree.map(
-        lambda leaf, cut: jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, cut), partial(part, leaf)),
+        lambda leaf, cut: jax.make_array_from_callback(
+            leaf.shape, NamedSharding(sharding.mesh, cut), partial(part, leaf)
+        ),
         value,
-        value.specs(spec, mesh),
+        value.specs(sharding.spec, sharding.mesh),
     )
 
 

@@ -179,7 +179,8 @@ def _place(
         spec = layout_of(parameter.name, parameter.shape, mesh, form.block_in if form else 1).stored
     stack = None
     for index, name in zip(np.ndindex(parameter.stack), parameter.names, strict=True):
-        value = None if parameter.transposed else kept(checkpoint, name, form, mesh, spec)
+        sharding = None if mesh is None else NamedSharding(mesh, spec)
+        value = None if parameter.transposed else kept(checkpoint, name, form, sharding)
         if value is None:
             value = _encode(_read(checkpoint, parameter, name, mesh, spec), dtype, form, mesh, spec)
         if not parameter.stack:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.backends.default import ops
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.hub.checkpoint import write_checkpoint
@@ -104,7 +105,7 @@ def test_nf4_codes_are_kept(tmp_path, nested, double_quant):
     w = weight(300, 128)
     tensors, expected = four_bit(w, nested=nested)
     weights = stored(tmp_path, tensors)
-    q = kept(weights, X, NF4(double_quant), None, None)
+    q = kept(weights, X, NF4(double_quant), None)
     both = np.stack([tensors[X] >> 4, tensors[X] & 15], axis=-1).reshape(300, 128)
     np.testing.assert_array_equal(np.asarray(q.codes), both)
     assert (q.codes.dtype, q.format) == (jnp.uint4, NF4(double_quant))
@@ -125,7 +126,7 @@ def test_nf4_codes_are_kept(tmp_path, nested, double_quant):
 def test_int8_codes_are_kept(tmp_path):
     tensors = int8(weight(9, 31))
     weights = stored(tmp_path, tensors)
-    q = kept(weights, X, Int8(), None, None)
+    q = kept(weights, X, Int8(), None)
     np.testing.assert_array_equal(np.asarray(q.codes), tensors[X])
     np.testing.assert_array_equal(np.asarray(q.scales)[:, 0], tensors["model.x.SCB"])
     np.testing.assert_allclose(np.asarray(q.dequantize(jnp.float32)), weights.read(X), rtol=2e-7)
@@ -136,9 +137,9 @@ def test_every_device_gets_its_part_of_the_codes(tmp_path, nested):
     weights = stored(tmp_path, four_bit(weight(16, 256), nested=nested)[0])
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
     for form in (NF4(), NF4(True)):
-        whole = kept(weights, X, form, None, None)
+        whole = kept(weights, X, form, None)
         for spec in (P("fsdp", "tensor"), P("tensor", "fsdp"), P(None, ("fsdp", "tensor"))):
-            parted = kept(weights, X, form, mesh, spec)
+            parted = kept(weights, X, form, NamedSharding(mesh, spec))
             assert parted.codes.sharding.spec == spec
             for one, other in zip(leaves(whole), leaves(parted), strict=True):
                 np.testing.assert_array_equal(one, other)
@@ -158,16 +159,16 @@ def test_what_is_not_the_format_asked_for_is_not_kept(tmp_path):
         (directory := tmp_path / case).mkdir()
         weights = stored(directory, tensors)
         for form in (NF4(), NF4(True), Int4(), None):
-            assert kept(weights, X, form, None, None) is None, (case, form)
-    assert kept(weights, "model.norm.weight", NF4(), None, None) is None
+            assert kept(weights, X, form, None) is None, (case, form)
+    assert kept(weights, "model.norm.weight", NF4(), None) is None
 
 
 def test_scales_in_eight_bits_of_another_map_are_encoded_anew(tmp_path):
     tensors = four_bit(weight(300, 128), nested=True)[0]
     tensors[f"{X}.nested_quant_map"] = np.linspace(-1, 1, 256, dtype=np.float32)
     weights = stored(tmp_path, tensors)
-    q = kept(weights, X, NF4(True), None, None)
-    exact = kept(weights, X, NF4(), None, None)
+    q = kept(weights, X, NF4(True), None)
+    exact = kept(weights, X, NF4(), None)
     np.testing.assert_array_equal(np.asarray(q.codes), np.asarray(exact.codes))
     assert not np.array_equal(np.asarray(q.scales), tensors[f"{X}.absmax"].reshape(300, 2))
     bound = 0.02 * float(exact.scales.max())
