@@ -157,7 +157,7 @@ class Config(_Section):
 
     # The base model
     model_name_or_path: str = Field(
-        description="Hugging Face model: a hub name, or a directory relative to the current directory."
+        description="Model, quantized or not: a hub name, or a directory or GGUF file from the current directory."
     )
     model_revision: str | None = Field(None, description="Branch, tag or commit on the hub; null = main.")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Number type of the base and of compute.")

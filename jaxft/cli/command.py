@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxft.data import chat
 from jaxft.data.chat import Renderer
+from jaxft.hub.model_files import companions_of
 
 
 def exit_code(action: Callable[[], None]) -> int:
@@ -23,7 +24,7 @@ def exit_code(action: Callable[[], None]) -> int:
 def load_tokenizer(model: Path, adapter: str | Path | None = None) -> PreTrainedTokenizerBase:
     """The adapter's tokenizer, which may have another chat template, or else the model's."""
     own = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
-    return chat.load_tokenizer(adapter if own else model)
+    return chat.load_tokenizer(adapter if own else companions_of(model))
 
 
 def end_of_turn(renderer: Renderer) -> set[int]:

@@ -18,7 +18,8 @@ from jaxft.data.formats import FORMATS
 from jaxft.data.prepare import prepare
 from jaxft.data.tokenized import check_vocabulary
 from jaxft.evaluation.loss import Score, score
-from jaxft.hub.load import load_model, read_json
+from jaxft.hub.load import load_model
+from jaxft.hub.model_files import read_config
 from jaxft.hub.peft import load_adapter, read_adapter_config
 from jaxft.hub.resolve import resolve_model
 from jaxft.models.families import decoder_config
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Loss and perplexity of a model on a file of examples.")
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="model directory or hub id")
+    add("--model", required=True, metavar="DIR", help="model directory, GGUF file or hub id")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--adapter", metavar="DIR", help="PEFT adapter directory; its tokenizer is used if it holds one")
     add("--data", required=True, metavar="FILE", help="examples, in any format that training reads")
@@ -77,7 +78,7 @@ def _run(options: argparse.Namespace) -> None:
         max_length=options.max_length,
         assistant_only_loss=not options.all_tokens,
     )
-    check_vocabulary(data.train, decoder_config(read_json(directory / "config.json")).vocab_size)
+    check_vocabulary(data.train, decoder_config(read_config(directory)).vocab_size)
     (examples,), (read,) = data.train, data.report.sources
 
     mesh = make_mesh({"fsdp": -1})

@@ -28,8 +28,8 @@ from jaxft.cli.command import end_of_turn, exit_code
 from jaxft.config import Config
 from jaxft.config_file import load_config
 from jaxft.data.chat import Renderer, load_tokenizer
-from jaxft.hub.checkpoint import Checkpoint
-from jaxft.hub.load import config_fingerprint, describe_model, eos_token_ids, fingerprint, load_model, read_json
+from jaxft.hub.load import config_fingerprint, describe_model, eos_token_ids, fingerprint, load_model
+from jaxft.hub.model_files import config_file, open_files, read_config, read_json
 from jaxft.hub.peft import CONFIG_FILE, TENSOR_STEM, load_adapter
 from jaxft.hub.resolve import resolve_model
 from jaxft.hub.save import copy_companions, save_model
@@ -98,7 +98,7 @@ def find_base(run: Run) -> Source:
     """
     name = run.config.model_name_or_path
     resolved = resolve_model(name, read_json(run.result / CONFIG_FILE)["revision"])
-    weights = fingerprint(Checkpoint.open(resolved.path))
+    weights = fingerprint(open_files(resolved.path))
     found = {"base": weights, "base config": config_fingerprint(resolved.path)}
     for part, what in (("base", "weights"), ("base config", "config.json")):
         if found[part] != (recorded := run.record["fingerprints"][part]):
@@ -116,7 +116,7 @@ def write_adapter(run: Run, directory: Path) -> None:
     source = find_base(run)
     for name in (CONFIG_FILE, f"{TENSOR_STEM}.safetensors"):
         shutil.copyfile(run.result / name, directory / name)
-    base = describe_model(decoder_config(read_json(Path(source.path) / "config.json")), "float32", None)
+    base = describe_model(decoder_config(read_config(Path(source.path))), "float32", None)
     base.source = source
     jax.eval_shape(lambda base: load_adapter(base, directory), base)
     add_tokenizer(Path(source.path), directory, run.record["chat_template"])
@@ -242,11 +242,11 @@ def _host() -> AbstractContextManager:
         raise ValueError(f"exports are computed on the CPU, which JAX cannot use: {error}; see JAX_PLATFORMS") from None
 
 
-def _checkpoint_dtype(directory: Path) -> str:
-    config = read_json(directory / "config.json")
+def _checkpoint_dtype(model: Path) -> str:
+    config = read_config(model)
     found = config.get("dtype") or config.get("torch_dtype") or "float32"
     if found not in DTYPES:
-        raise ValueError(f"{directory / 'config.json'}: the dtype is {found!r}; choose one with --dtype")
+        raise ValueError(f"{config_file(model)}: the dtype is {found!r}; choose one with --dtype")
     return found
 
 
@@ -255,7 +255,7 @@ def _storage(directory: Path, dtype: str) -> str:
 
     Then the sum with the adapter, made in float32, is rounded once either way.
     """
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = open_files(directory)
     found = {str(checkpoint.info(name).dtype) for name in checkpoint.names()}
     return dtype if found == {dtype} == {"bfloat16"} else "float32"
 

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="model directory or hub id")
+    add("--model", required=True, metavar="DIR", help="model directory, GGUF file or hub id")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--adapter", metavar="DIR", help="PEFT adapter directory; its tokenizer is used if it holds one")
     add("--prompt", required=True, action="append", metavar="TEXT", help="may be repeated")

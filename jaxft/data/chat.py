@@ -50,6 +50,8 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             reason = "it is code of its own, which is never run; save it with a tokenizer.json, from where you trust it"
+        if any(Path(directory).glob("*.gguf")):
+            reason = "put the original model's tokenizer files beside the GGUF file, whose own copy is not read"
         raise ValueError(f"{directory}: no tokenizer can be loaded from it: {reason}") from error
 
 

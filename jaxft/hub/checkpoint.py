@@ -100,6 +100,13 @@ class Checkpoint:
         """All names, shard by shard, in the order of their data."""
         return tuple(self._holder)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._holder
+
+    def path(self, name: str) -> Path:
+        """The file that holds `name`."""
+        return self._file(name).path
+
     def info(self, name: str) -> TensorInfo:
         return self._file(name).info(name)
 
@@ -225,7 +232,7 @@ def _no_weights(present: list[str], stem: str) -> str:
         return f"holds the shards {_a_few(shards)} without {index}; download it as well"
     return (
         f"holds neither {stem}.safetensors nor {index}, but {_a_few(present)}. "
-        "A model published only as GGUF or as pickles has to be converted to safetensors first"
+        "Of a model published as GGUF give the .gguf file itself; one published as pickles only has to be converted"
     )
 
 

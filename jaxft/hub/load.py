@@ -6,12 +6,14 @@ The weights themselves come by `stream`, a few tensors at a time.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxft.hub.checkpoint import Checkpoint
+from jaxft.hub.encoded import Files
+from jaxft.hub.kept import tell
+from jaxft.hub.model_files import companions_of, config_file, open_files, open_weights, read_config, read_json
+from jaxft.hub.prequantized import Weights
 from jaxft.hub.resolve import resolve_model
 from jaxft.hub.stack import Storage
 from jaxft.hub.stream import load_weights
@@ -32,9 +34,6 @@ BOOKKEEPING = {"_name_or_path", "transformers_version", "architectures", "dtype"
 DTYPES = ("float32", "bfloat16")
 """What weights may be stored in, and computed with."""
 
-BELONGS_TO = {"config.json": "a model", "adapter_config.json": "a PEFT adapter"}
-"""What a directory holds that has such a file."""
-
 SAMPLE = 1024  # values
 
 
@@ -51,9 +50,11 @@ def load_model(
     """A Hugging Face model, ready to run: `model(tokens[B, T] int32) -> logits[B, T, V] float32`.
 
     Args:
-        path: a model directory or a hub id.
+        path: a model directory, a GGUF file or a hub id.
         dtype: of stored weights and of activations, float32 or bfloat16.
-        quantization: int8, int4 or nf4 for the linear layers except the output head; None keeps `dtype`.
+        quantization: int8, int4 or nf4 for the linear layers except the output head; None keeps `dtype`. A
+            checkpoint that is already so quantized keeps its codes, any other is dequantized first
+            (`jaxft.hub.prequantized`, `jaxft.hub.kept`).
         mesh: devices to shard over, with axes data, fsdp, expert, tensor (`jaxft.sharding.mesh.make_mesh`).
         revision: branch, tag or commit of a hub id.
         remat, scan_layers: see `Decoder`.
@@ -64,20 +65,22 @@ def load_model(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; weights are stored in {' or '.join(DTYPES)} (or see `quantization`)")
     resolved = resolve_model(str(path), revision)
-    config = decoder_config(read_json(resolved.path / "config.json"))
+    raw = read_config(resolved.path)
+    config = decoder_config(raw)
     if mesh is not None:
         check_mesh(config, mesh)
-    checkpoint = Checkpoint.open(resolved.path)
+    checkpoint = open_weights(resolved.path, raw)
     check_tensors(checkpoint, config)
     storage = jnp.dtype(dtype)
     form = parse_format(quantization) if isinstance(quantization, str) else quantization
+    tell(checkpoint, form, dtype)
 
     storages = {
         parameter: Storage.of(parameter, storage, form if is_quantized(parameter) else None, mesh)
         for parameter, _ in parameters(describe(config))
     }
     model = Decoder(config, load_weights(checkpoint, storages).__getitem__, storage, remat, scan_layers)
-    model.source = Source(str(path), str(resolved.path), resolved.revision, fingerprint(checkpoint))
+    model.source = Source(str(path), str(resolved.path), resolved.revision, fingerprint(open_files(resolved.path)))
     if mesh is not None:
         bind(model, mesh)
     return model
@@ -98,7 +101,7 @@ def is_quantized(parameter: Parameter) -> bool:
     return parameter.name.endswith("_proj.weight")
 
 
-def check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
+def check_tensors(checkpoint: Weights, config: DecoderConfig) -> None:
     """Every tensor of the file is a parameter of the model, and the reverse, with the same shape."""
     expected = {name: p.stored_shape for p, _ in parameters(describe(config)) for name in p.names}
     tied = config.names("lm_head.weight", None) if config.tie_word_embeddings else ()
@@ -126,35 +129,35 @@ def check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
         raise ValueError(f"{checkpoint.directory}: tensors do not fit config.json; " + "; ".join(problems))
 
 
-def eos_token_ids(directory: Path, tokenizer_eos: int | None) -> list[int]:
-    """Tokens that end a text: those of generation_config.json, else of config.json, and the tokenizer's own.
+def eos_token_ids(model: Path, tokenizer_eos: int | None) -> list[int]:
+    """Tokens that end a text: those of generation_config.json, else of the model's config, and the tokenizer's own.
 
     Raises:
         ValueError: a file is damaged, or its `eos_token_id` is neither a token id nor a list of them.
     """
     found = {tokenizer_eos}
-    for name in ("generation_config.json", "config.json"):
-        declared = read_json(directory / name).get("eos_token_id") if (directory / name).exists() else None
+    for path in (companions_of(model) / "generation_config.json", config_file(model)):
+        read = read_config if path == model else read_json
+        declared = read(path).get("eos_token_id") if path.exists() else None
         if declared is not None:
             ids = declared if isinstance(declared, list) else [declared]
             if not all(type(token) is int for token in ids):
-                raise ValueError(
-                    f"{directory / name}: eos_token_id must be a token id or a list of them, not {declared!r}"
-                )
+                raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, not {declared!r}")
             found |= set(ids)
             break
     return sorted(found - {None})
 
 
-def config_fingerprint(directory: Path) -> str:
-    """Identifies what config.json says of the computation, not who wrote it or how the weights are stored."""
-    config = {key: value for key, value in read_json(directory / "config.json").items() if key not in BOOKKEEPING}
+def config_fingerprint(model: Path) -> str:
+    """Identifies what a model's config says of the computation, not who wrote it or how the weights are stored."""
+    config = {key: value for key, value in read_config(model).items() if key not in BOOKKEEPING}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint(checkpoint: Files) -> str:
     """Identifies the weights without reading all of them: three samples from each tensor, its start, middle and end.
 
+    Of a quantized checkpoint these are the tensors as they are stored: its codes, scales and the rest.
     The same values in a wider dtype are the same weights.
     """
     digest = hashlib.sha256()
@@ -166,22 +169,3 @@ def fingerprint(checkpoint: Checkpoint) -> str:
             digest.update(part.astype("float32").tobytes())
         checkpoint.release(name)
     return digest.hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ValueError: the file is missing, is not JSON, or is not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        owner = BELONGS_TO.get(path.name)
-        reason = f"; {path.parent} is not the directory of {owner}" if owner else ""
-        raise ValueError(f"{path}: no such file{reason}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object")
-    return value

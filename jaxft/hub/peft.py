@@ -18,7 +18,7 @@ import numpy as np
 from jaxft.adapters.attach import Factors, attach_factors, check_experts, factors_of, sites, targets_of
 from jaxft.adapters.targets import OUTPUT_HEAD, LoraConfig
 from jaxft.hub.checkpoint import Checkpoint, staged_in
-from jaxft.hub.load import read_json
+from jaxft.hub.model_files import read_json
 from jaxft.hub.peft_experts import PREFIX, flat, split, unflat, wrapper
 from jaxft.hub.safetensors_writer import write_safetensors
 from jaxft.models.decoder import Decoder

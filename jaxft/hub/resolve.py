@@ -2,7 +2,7 @@
 
 A name is, in this order:
 
-1. an existing directory: that one, even where the Hub has a repository of the same name;
+1. an existing directory, or a GGUF file: that one, even where the Hub has a repository of the same name;
 2. `ORG/NAME`: a repository of the Hugging Face Hub, taken from its cache or downloaded;
 3. anything else (`./x`, `~/x`, `/x`, `a/b/c`, `x`): a directory that does not exist, which is an error. What
    was meant as a path is never looked up on the Hub.
@@ -52,7 +52,7 @@ class HubError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """Where a model lies, and the commit hash it is of: None for a local directory, which has no version."""
+    """Where a model lies, and the commit hash it is of: None for a local directory or file, which has no version."""
 
     path: Path
     revision: str | None = None
@@ -61,7 +61,7 @@ class ResolvedModel:
 def resolve_model(
     name_or_path: str, revision: str | None = None, *, files: Sequence[str] = MODEL_FILES
 ) -> ResolvedModel:
-    """The directory of a model, downloading what is missing from the Hub's cache.
+    """The directory of a model, or its GGUF file, downloading what is missing from the Hub's cache.
 
     Args:
         revision: branch, tag or commit of a Hub repository; None is its main branch.
@@ -72,9 +72,10 @@ def resolve_model(
         HubError: no such directory, repository or revision, a gated one, or the Hub cannot be reached.
     """
     path = Path(os.path.expanduser(name_or_path))
-    if name_or_path and path.is_dir():
+    if name_or_path and (path.is_dir() or (is_gguf(path) and path.is_file())):
         if revision is not None:
-            raise HubError(f"{name_or_path} is a local directory: a revision ({revision}) applies to the Hub only")
+            kind = "directory" if path.is_dir() else "file"
+            raise HubError(f"{name_or_path} is a local {kind}: a revision ({revision}) applies to the Hub only")
         return ResolvedModel(path)
     _require_repo_id(name_or_path, path)
     if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision) or ".." in revision):
@@ -90,6 +91,11 @@ def resolve_model(
     if not path.is_dir():
         raise HubError(f"{name_or_path} on the Hub has none of the files {', '.join(files)}")
     return ResolvedModel(path, revision=path.name)  # snapshots are named by their commit
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is that of a model in one file, not of a directory."""
+    return path.suffix == ".gguf" and not path.is_dir()
 
 
 def _require_repo_id(name: str, path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxft.adapters.attach import sites
 from jaxft.hub.checkpoint import refuse_weights, staged_in, write_checkpoint
-from jaxft.hub.load import read_json
+from jaxft.hub.model_files import companions_of, read_config
 from jaxft.models.decoder import Decoder, Parameter, parameters
 from jaxft.quantization.qtensor import QTensor
 
@@ -36,7 +36,7 @@ def save_model(
 ) -> Path:
     """Write a model that transformers loads. Returns the directory.
 
-    Config, tokenizer, template and generation settings are copied from the directory the model was read from.
+    Config, tokenizer, template and generation settings are copied from where the model was read from.
 
     Args:
         model: without adapter (`jaxft.merge_adapter` first) and without quantization.
@@ -69,7 +69,8 @@ def save_model(
         return value.swapaxes(-1, -2) if parameter.transposed else value
 
     source = Path(model.source.path)
-    config = read_json(source / "config.json")
+    config = read_config(source)
+    config.pop("quantization_config", None)  # of the checkpoint that was read; what is written is plain
     written = {str(spec.dtype) for spec in specs.values()}
     if len(written) == 1:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = written.pop()
@@ -81,7 +82,8 @@ def save_model(
 
 
 def copy_companions(source: Path, directory: Path) -> None:
-    """Copy tokenizer, template and generation settings."""
+    """Copy tokenizer, template and generation settings of the model `source`."""
+    source = companions_of(source)
     for name in COMPANIONS:
         if (source / name).is_dir():
             shutil.copytree(source / name, directory / name, dirs_exist_ok=True)

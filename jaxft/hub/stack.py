@@ -57,11 +57,11 @@ class Storage:
                 packed = codes.dtype
         return cls(parameter.stack, dtype, form, sharding, stack_spec, packed)
 
-    def encode(self, x: jax.Array) -> Weight:
-        """One tensor as it is stored."""
+    def encode(self, x: Weight) -> Weight:
+        """One tensor as it is stored; codes are taken as they are."""
         if self.form is None:
             return self.constrain(x.astype(self.dtype))
-        value = self.constrain(quantize(x, self.form))
+        value = self.constrain(x if isinstance(x, QTensor) else quantize(x, self.form))
         if self.packed is not None:
             pairs = value.codes.reshape(*value.codes.shape[:-1], -1, 2)
             value = self.constrain(replace(value, codes=jax.lax.bitcast_convert_type(pairs, jnp.uint8)))
@@ -77,7 +77,7 @@ class Storage:
         return jax.lax.with_sharding_constraint(value, jax.tree.map(partial(NamedSharding, mesh), specs))
 
 
-def add_tensor(weight: Weight | None, x: jax.Array, position: tuple[int, ...], storage: Storage) -> Weight:
+def add_tensor(weight: Weight | None, x: Weight, position: tuple[int, ...], storage: Storage) -> Weight:
     """The parameter with `x` at `position` of its stack. What is given is used up; None is an empty parameter."""
     if weight is None:
         weight = _empty(x, storage)
@@ -85,14 +85,14 @@ def add_tensor(weight: Weight | None, x: jax.Array, position: tuple[int, ...], s
 
 
 @partial(jax.jit, static_argnames="storage")
-def _empty(x: jax.Array, storage: Storage) -> Weight:
+def _empty(x: Weight, storage: Storage) -> Weight:
     value = jax.eval_shape(storage.encode, x)
     stack = jax.tree.map(lambda leaf: jnp.zeros((*storage.stack, *leaf.shape), leaf.dtype), value)
     return storage.constrain(stack, stacked=True)
 
 
 @partial(jax.jit, static_argnames="storage", donate_argnames="weight")
-def _add(weight: Weight, x: jax.Array, position: tuple[jax.Array, ...], storage: Storage) -> Weight:
+def _add(weight: Weight, x: Weight, position: tuple[jax.Array, ...], storage: Storage) -> Weight:
     def place(whole: jax.Array, part: jax.Array) -> jax.Array:
         start = (*position, *(jnp.int32(0),) * part.ndim)
         return jax.lax.dynamic_update_slice(whole, part.reshape((1,) * len(position) + part.shape), start)

@@ -18,10 +18,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from jaxft.hub.checkpoint import Checkpoint
+from jaxft.hub.kept import kept
+from jaxft.hub.prequantized import Weights
 from jaxft.hub.stack import Storage, add_tensor, finish
 from jaxft.models.decoder import Parameter
 from jaxft.models.linear import Weight
+from jaxft.quantization.qtensor import QTensor
 
 READERS = 2  # threads
 AHEAD = 256 << 20  # bytes that may be on their way beside the largest tensor
@@ -41,8 +43,11 @@ class Slot(NamedTuple):
     position: tuple[int, ...]
 
 
-def load_weights(checkpoint: Checkpoint, storages: Mapping[Parameter, Storage]) -> dict[Parameter, Weight]:
-    """The value of every parameter, stored as it says. On a terminal a bar on stderr shows how far it is."""
+def load_weights(checkpoint: Weights, storages: Mapping[Parameter, Storage]) -> dict[Parameter, Weight]:
+    """The value of every parameter, stored as it says. On a terminal a bar on stderr shows how far it is.
+
+    Codes that a file has in the format that is asked for are taken over.
+    """
     order = {name: number for number, name in enumerate(checkpoint.names())}
     slots = [
         Slot(name, parameter, position)
@@ -56,7 +61,12 @@ def load_weights(checkpoint: Checkpoint, storages: Mapping[Parameter, Storage]) 
         values = sum(math.prod(axis.stop - axis.start for axis in cut) for cut in cuts[slot.parameter])
         return values * checkpoint.info(slot.name).dtype.itemsize
 
-    def read(slot: Slot, stopped: Event) -> dict[str, np.ndarray]:
+    def read(slot: Slot, stopped: Event) -> dict[str, np.ndarray] | QTensor:
+        storage = storages[slot.parameter]
+        codes = None if slot.parameter.transposed else kept(checkpoint, slot.name, storage.form, storage.sharding)
+        if codes is not None:
+            checkpoint.release(slot.name)
+            return codes
         return {str(cut): _read(checkpoint, slot, cut, stopped) for cut in cuts[slot.parameter]}
 
     weights: dict[Parameter, Weight] = {}
@@ -112,7 +122,7 @@ def _bounded(index: Cut, shape: tuple[int, ...]) -> Cut:
     return tuple(slice(*axis.indices(size)[:2]) for axis, size in zip(index, shape, strict=True))
 
 
-def _read(checkpoint: Checkpoint, slot: Slot, cut: Cut, stopped: Event) -> np.ndarray:
+def _read(checkpoint: Weights, slot: Slot, cut: Cut, stopped: Event) -> np.ndarray:
     """A copy of a part of a tensor, aligned for XLA. The pages of the file are given back on the way."""
     transposed = slot.parameter.transposed
     part = checkpoint.read(slot.name, (*cut[:-2], cut[-1], cut[-2]) if transposed else cut)
@@ -131,7 +141,9 @@ def _read(checkpoint: Checkpoint, slot: Slot, cut: Cut, stopped: Event) -> np.nd
     return copy
 
 
-def _on_devices(parts: dict[str, np.ndarray], shape: tuple[int, ...], storage: Storage) -> jax.Array:
+def _on_devices(parts: dict[str, np.ndarray] | QTensor, shape: tuple[int, ...], storage: Storage) -> Weight:
+    if isinstance(parts, QTensor):
+        return parts
     if storage.sharding is None:
         (part,) = parts.values()
         return jax.device_put(part)

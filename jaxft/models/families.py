@@ -24,6 +24,8 @@ _SIZES = (
 def decoder_config(raw: dict[str, Any]) -> DecoderConfig:
     """The decoder that a config.json describes. Fields it leaves out take transformers' defaults.
 
+    How the weights are stored (`quantization_config`) makes no difference to it.
+
     Raises:
         ValueError: an unsupported `model_type`, activation or rope type, where the message names what is
             supported; or a value that is not what its key asks for.
@@ -34,17 +36,11 @@ def decoder_config(raw: dict[str, Any]) -> DecoderConfig:
             f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}. "
             f"Families are added in {__name__.replace('.', '/')}.py"
         )
-    if (quantized := raw.get("quantization_config")) is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise ValueError(
-            f"config.json: this checkpoint is already quantized (quant_method {method!r}); "
-            "give the full-precision checkpoint, and load_in_4bit or load_in_8bit to quantize while loading"
-        )
     for key in _SIZES:
         if isinstance(raw.get(key), int) and raw[key] < 1:
             raise ValueError(f"config.json: {key} is {raw[key]}; it must be 1 or more")
     try:
-        hf = CONFIG_MAPPING[model_type].from_dict(dict(raw))
+        hf = CONFIG_MAPPING[model_type].from_dict({k: v for k, v in raw.items() if k != "quantization_config"})
     except Exception as error:  # every check of transformers has an exception of its own
         raise ValueError(f"config.json: {_reason(error)}") from error
     try:

@@ -17,8 +17,8 @@ from jaxft.data.chat import Renderer, load_tokenizer
 from jaxft.data.loader import Schedule
 from jaxft.data.prepare import Prepared, prepare
 from jaxft.data.tokenized import check_vocabulary
-from jaxft.hub.checkpoint import Checkpoint
-from jaxft.hub.load import check_tensors, config_fingerprint, describe_model, fingerprint, load_model, read_json
+from jaxft.hub.load import check_tensors, config_fingerprint, describe_model, fingerprint, load_model
+from jaxft.hub.model_files import companions_of, open_files, open_weights, read_config
 from jaxft.hub.peft import load_adapter
 from jaxft.hub.resolve import ResolvedModel, resolve_model
 from jaxft.models.config import DecoderConfig, Rope, Source
@@ -90,7 +90,7 @@ class Inputs:
 
     @cached_property
     def base_fingerprint(self) -> str:
-        return fingerprint(Checkpoint.open(self.resolved.path))
+        return fingerprint(open_files(self.resolved.path))
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -157,12 +157,13 @@ def gather(config: Config) -> Inputs:
     """
     mesh = make_mesh(config.mesh.model_dump())
     resolved = resolve_model(config.model_name_or_path, config.model_revision)
-    decoder = decoder_config(read_json(resolved.path / "config.json"))
+    raw = read_config(resolved.path)
+    decoder = decoder_config(raw)
     check_mesh(decoder, mesh)
     if config.router_aux_loss_coef and decoder.experts is None:
         raise ValueError("router_aux_loss_coef balances a mixture of experts, and this model has none; leave it out")
-    check_tensors(Checkpoint.open(resolved.path), decoder)
-    renderer = Renderer(load_tokenizer(resolved.path), config.chat_template)
+    check_tensors(open_weights(resolved.path, raw), decoder)
+    renderer = Renderer(load_tokenizer(companions_of(resolved.path)), config.chat_template)
     data = prepare(
         config.datasets,
         renderer,

@@ -430,9 +430,10 @@ def torch_gradient(adapted, config, module, part):
     return value[ranks] if part == "A" else value[half * inner : (half + 1) * inner, ranks]
 
 
-def test_no_quantization_is_no_quantization():
+@pytest.mark.parametrize("how", [None, {"quant_method": "awq"}, "nonsense"])
+def test_how_weights_are_stored_makes_no_other_decoder(how):
     raw = llama().to_dict()
-    assert decoder_config(raw | {"quantization_config": None}) == decoder_config(raw)
+    assert decoder_config(raw | {"quantization_config": how}) == decoder_config(raw)
 
 
 ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -441,8 +442,6 @@ ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"quantization_config": {"quant_method": "awq"}}, "already quantized .quant_method 'awq'"),
-        ({"quantization_config": "awq"}, "already quantized .quant_method 'awq'"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
         ({"hidden_size": "abc"}, "'hidden_size' expected int, got str .value: 'abc'"),
         ({"hidden_size": None}, "'hidden_size' expected int"),

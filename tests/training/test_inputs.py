@@ -92,6 +92,30 @@ def test_what_is_described_is_what_is_loaded(gathered, changes):
     assert count_parameters(described, inputs.trained_type) == count_parameters(loaded, inputs.trained_type)
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4", None])
+def test_a_base_that_was_quantized_before_is_described_and_loaded(gathered, model, tmp_path, kind):
+    base = tmp_path / "int8"
+    shutil.copytree(model, base)
+    tensors, expected = load_file(model / "model.safetensors"), {}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scales = np.abs(tensors[name]).max(axis=1)
+        tensors[name] = np.round(tensors[name] / scales[:, None] * 127).astype(np.int8)
+        expected[name] = tensors[f"{name.removesuffix('.weight')}.SCB"] = scales
+    save_file(tensors, base / "model.safetensors")
+    raw = json.loads((base / "config.json").read_text())
+    raw["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (base / "config.json").write_text(json.dumps(raw))
+    inputs = gathered(model_name_or_path=str(base), quant_type=kind)
+    described, loaded = inputs.describe(), inputs.load()
+    assert count_parameters(described, inputs.trained_type) == count_parameters(loaded, inputs.trained_type)
+    assert inputs.base_fingerprint == loaded.source.fingerprint
+    if kind == "int8":
+        weight = loaded.model.layers[0][0].mlp.up_proj.weight.get_value()
+        names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(2)]
+        np.testing.assert_array_equal(weight.codes, np.stack([tensors[name] for name in names]))
+        np.testing.assert_array_equal(weight.scales[..., 0], np.stack([expected[name] for name in names]))
+
+
 def test_an_adapter_to_go_on_from_is_described_and_loaded(gathered, adapter):
     inputs = gathered(adapter_name_or_path=str(adapter), lora_r=16, mesh={"data": 8})
     described, loaded = (Partition(each, Adapter).split(each)[0] for each in (inputs.describe(), inputs.load()))
