@@ -5,6 +5,7 @@ The weights themselves come by `stream`, a few tensors at a time.
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -35,6 +36,8 @@ DTYPES = ("float32", "bfloat16")
 """What weights may be stored in, and computed with."""
 
 SAMPLE = 1024  # values
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -74,6 +77,8 @@ def load_model(
     storage = jnp.dtype(dtype)
     form = parse_format(quantization) if isinstance(quantization, str) else quantization
     tell(checkpoint, form, dtype)
+    if config.part_of is not None:
+        logger.warning("%s: of this %s model only the part for text is loaded", resolved.path, config.part_of)
 
     storages = {
         parameter: Storage.of(parameter, storage, form if is_quantized(parameter) else None, mesh)

@@ -182,7 +182,10 @@ def _adapter_config(model: Decoder, factors: dict[str, Factors]) -> dict[str, An
 
 
 def _targets(model: Decoder, adapted: set[str], option: str) -> list[str]:
-    """Short names where every linear layer of that name is adapted, whole module names elsewhere."""
+    """Short names where every linear layer of that name is adapted, whole module names elsewhere.
+
+    In a model that can see there are other layers of these names, so whole names are given.
+    """
     by_name: dict[str, list[str]] = {}
     for site in sites(model):
         for module in site.modules if site.target == option else ():
@@ -191,7 +194,8 @@ def _targets(model: Decoder, adapted: set[str], option: str) -> list[str]:
     targets = []
     for name, modules in by_name.items():
         present = [module for module in modules if module in adapted]
-        targets.extend([name] if len(present) == len(modules) else present)
+        everywhere = len(present) == len(modules) and model.config.part_of is None
+        targets.extend([name] if everywhere else present)
     return targets
 
 

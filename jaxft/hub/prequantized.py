@@ -21,6 +21,8 @@ from jaxft.hub import bnb, float8, mxfp4, packed
 from jaxft.hub.checkpoint import Checkpoint
 from jaxft.hub.encoded import Encoded, Files
 from jaxft.hub.safetensors import SafetensorsError, TensorInfo
+from jaxft.hub.text_part import TextPart
+from jaxft.models.families import WITH_VISION
 
 METHODS: Mapping[str, Callable[[Files, dict[str, Any]], dict[str, Encoded]]] = {
     "awq": packed.find_awq,
@@ -103,7 +105,7 @@ class Prequantized:
             self.files.release(part)
 
 
-Weights = Checkpoint | Prequantized
+Weights = Checkpoint | TextPart | Prequantized
 """What a model is loaded from."""
 
 
@@ -119,7 +121,7 @@ def open_directory(directory: Path, config: Mapping[str, Any]) -> Weights:
     """
     settings = _settings(directory, config)
     if settings is None:
-        return Checkpoint.open(directory)
+        return _open(directory, config)
     method = settings.get("quant_method")
     if method not in METHODS:
         raise ValueError(
@@ -129,8 +131,13 @@ def open_directory(directory: Path, config: Mapping[str, Any]) -> Weights:
         )
     if config.get("model_type") == "gpt2":  # its matrices are [in, out], which quantizers keep or turn as they like
         raise ValueError(f"{directory}: quantized checkpoints of gpt2 are not supported; give the full-precision one")
-    files = Checkpoint.open(directory)
+    files = _open(directory, config)
     return Prequantized(files, METHODS[method](files, settings), method)
+
+
+def _open(directory: Path, config: Mapping[str, Any]) -> Checkpoint | TextPart:
+    files = Checkpoint.open(directory)
+    return TextPart(files) if config.get("model_type") in WITH_VISION else files
 
 
 def _settings(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters.attach import sites
-from jaxft.hub.checkpoint import refuse_weights, staged_in, write_checkpoint
+from jaxft.hub.checkpoint import Checkpoint, refuse_weights, staged_in, write_checkpoint
 from jaxft.hub.model_files import companions_of, read_config
+from jaxft.hub.safetensors import TensorInfo
+from jaxft.hub.text_part import TextPart
 from jaxft.models.decoder import Decoder, Parameter, parameters
 from jaxft.quantization.qtensor import QTensor
 
@@ -27,6 +29,8 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 """What a model directory holds beside config and weights."""
 
@@ -37,6 +41,8 @@ def save_model(
     """Write a model that transformers loads. Returns the directory.
 
     Config, tokenizer, template and generation settings are copied from where the model was read from.
+
+    Where the model is the part for text of one that can see, the rest is copied from there, too.
 
     Args:
         model: without adapter (`jaxft.merge_adapter` first) and without quantization.
@@ -62,20 +68,30 @@ def save_model(
         name: jax.ShapeDtypeStruct(parameter.stored_shape, jnp.dtype(dtype or array.dtype))
         for name, (parameter, array, _) in values.items()
     }
+    source = Path(model.source.path)
+    config = read_config(source)
+    quantized = config.pop("quantization_config", None)  # of the checkpoint that was read; what is written is plain
+    rest: dict[str, TensorInfo] = {}
+    if model.config.part_of is not None:
+        if quantized is not None:
+            raise ValueError(f"{source}: what it has beside text is quantized; give the full-precision checkpoint")
+        whole = TextPart(Checkpoint.open(source))
+        rest = {name: whole.files.info(name) for name in whole.others}
+        values = {whole.stored[name]: value for name, value in values.items()}
+        specs = {whole.stored[name]: spec for name, spec in specs.items()}
 
     def produce(name: str) -> np.ndarray:
+        if name in rest:
+            return whole.files.read(name)
         parameter, array, index = values[name]
         value = np.asarray(array[index] if index else array).astype(specs[name].dtype, copy=False)
         return value.swapaxes(-1, -2) if parameter.transposed else value
 
-    source = Path(model.source.path)
-    config = read_config(source)
-    config.pop("quantization_config", None)  # of the checkpoint that was read; what is written is plain
     written = {str(spec.dtype) for spec in specs.values()}
     if len(written) == 1:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = written.pop()
     with staged_in(directory) as stage:
-        write_checkpoint(stage, specs, produce, max_shard_bytes=max_shard_bytes)
+        write_checkpoint(stage, specs | rest, produce, max_shard_bytes=max_shard_bytes)
         (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_companions(source, stage)
     return directory

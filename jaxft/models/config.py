@@ -145,6 +145,7 @@ class DecoderConfig:
         renames: (ours, Hugging Face's) parts of names, applied one after the other; * stands for a layer's number, %
             for an expert's.
         experts: of the layers whose spec asks for them.
+        part_of: the model_type of the model with vision, of which this is the part for text.
     """
 
     vocab_size: int
@@ -180,6 +181,7 @@ class DecoderConfig:
     transposed: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     experts: Experts | None = None
+    part_of: str | None = None
 
     def names(self, name: str, layers: range | None, experts: int | None = None) -> tuple[str, ...]:
         """The Hugging Face names of a module or parameter, one for each layer it stacks, or for each expert of each.
@@ -193,6 +195,8 @@ class DecoderConfig:
             name = name.replace(".experts.", ".experts.%.", 1)
         for ours, theirs in self.renames:
             name = name.replace(ours, theirs)
+        if self.part_of is not None and name.startswith("model."):
+            name = "model.language_model." + name.removeprefix("model.")
         by_layer = [name] if layers is None else [name.replace("*", str(layer)) for layer in layers]
         if experts is None:
             return tuple(by_layer)

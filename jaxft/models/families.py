@@ -31,11 +31,8 @@ def decoder_config(raw: dict[str, Any]) -> DecoderConfig:
             supported; or a value that is not what its key asks for.
     """
     model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(
-            f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}. "
-            f"Families are added in {__name__.replace('.', '/')}.py"
-        )
+    if not isinstance(model_type, str) or model_type not in (*FAMILIES, *WITH_VISION):
+        raise _unsupported(model_type)
     for key in _SIZES:
         if isinstance(raw.get(key), int) and raw[key] < 1:
             raise ValueError(f"config.json: {key} is {raw[key]}; it must be 1 or more")
@@ -43,10 +40,23 @@ def decoder_config(raw: dict[str, Any]) -> DecoderConfig:
         hf = CONFIG_MAPPING[model_type].from_dict({k: v for k, v in raw.items() if k != "quantization_config"})
     except Exception as error:  # every check of transformers has an exception of its own
         raise ValueError(f"config.json: {_reason(error)}") from error
+    if model_type in WITH_VISION:
+        tied, hf = hf.tie_word_embeddings, hf.text_config
+        hf.tie_word_embeddings = tied
+        if hf.model_type not in FAMILIES:
+            raise _unsupported(f"{model_type} with the text model {hf.model_type}")
     try:
-        return FAMILIES[model_type](hf)
+        config = FAMILIES[hf.model_type](hf)
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"config.json: {_reason(error)}") from error
+    return replace(config, part_of=model_type) if model_type in WITH_VISION else config
+
+
+def _unsupported(model_type: object) -> ValueError:
+    return ValueError(
+        f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}, and the "
+        f"text part of {', '.join(WITH_VISION)}. Families are added in {__name__.replace('.', '/')}.py"
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -314,6 +324,9 @@ def _gpt_oss(hf: PreTrainedConfig) -> DecoderConfig:
         ),
     )
 
+
+WITH_VISION = ("gemma3", "internvl", "llava", "mistral3")
+"""Models whose `text_config` is of one of the families, and whose part for text is loaded."""
 
 FAMILIES: dict[str, Callable[[PreTrainedConfig], DecoderConfig]] = {
     "cohere2": _cohere2,
