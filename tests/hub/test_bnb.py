@@ -2,13 +2,10 @@
 
 import json
 
-import bitsandbytes.functional as bnb
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from bitsandbytes.backends.default import ops
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,6 +17,10 @@ from jaxft.quantization.integer import Int4, Int8
 from jaxft.quantization.nf4 import NF4
 from jaxft.quantization.qtensor import quantize
 from jaxft.sharding.mesh import make_mesh
+
+torch = pytest.importorskip("torch")
+bnb = pytest.importorskip("bitsandbytes.functional")
+ops = pytest.importorskip("bitsandbytes.backends.default.ops")
 
 pytestmark = pytest.mark.parity
 

@@ -3,12 +3,13 @@
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from jaxft.hub.checkpoint import write_checkpoint
 from jaxft.hub.prequantized import open_directory
 from jaxft.hub.safetensors import SafetensorsError
+
+torch = pytest.importorskip("torch")
+Fp8Dequantize = pytest.importorskip("transformers.integrations.finegrained_fp8").Fp8Dequantize
 
 X = "model.self_attn.k_proj.weight"
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2

@@ -6,7 +6,6 @@ import sys
 import gguf
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from jaxft.hub.load import eos_token_ids, load_model
@@ -14,6 +13,8 @@ from jaxft.hub.model_files import open_files, open_weights, read_config
 from jaxft.hub.resolve import HubError, resolve_model
 from jaxft.hub.save import save_model
 from jaxft.models.families import decoder_config
+
+torch = pytest.importorskip("torch")
 
 pytestmark = pytest.mark.parity
 

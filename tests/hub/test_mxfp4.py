@@ -1,13 +1,18 @@
 """Experts in MXFP4, against transformers' own decoding."""
 
+import json
+
 import numpy as np
 import pytest
-import torch
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from jaxft.hub.checkpoint import write_checkpoint
+from jaxft.hub.load import load_model
 from jaxft.hub.prequantized import open_directory
 from jaxft.hub.safetensors import SafetensorsError
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
 
 X = "model.layers.0.mlp.experts.gate_up_proj"
 CONFIG = {"quantization_config": {"quant_method": "mxfp4"}}
@@ -33,7 +38,7 @@ def test_as_transformers_decodes(tmp_path, low, high):
     tensors = experts(low=low, high=high)
     weights = stored(tmp_path, tensors)
     assert set(weights.names()) == {X, f"{X}_bias"}
-    expected = convert_moe_packed_tensors(*map(torch.tensor, tensors.values()), dtype=torch.float32).numpy()
+    expected = mxfp4.convert_moe_packed_tensors(*map(torch.tensor, tensors.values()), dtype=torch.float32).numpy()
     assert weights.info(X).shape == expected.shape == (3, 64, 10)
     found = weights.read(X)
     assert found.dtype == weights.info(X).dtype == "bfloat16"
@@ -41,6 +46,40 @@ def test_as_transformers_decodes(tmp_path, low, high):
     for cut in (np.s_[1:2], np.s_[:, 5:9], np.s_[1:, 3:50, 2:7], np.s_[2:, 60:, ::3]):
         cut = cut if isinstance(cut, tuple) else (cut,)
         np.testing.assert_array_equal(weights.read(X, cut).astype(np.float32), expected[cut])
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_a_whole_model(tmp_path, quantization):
+    """gpt-oss as it is published, beside the same model with its experts decoded by transformers."""
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, sliding_window=7, pad_token_id=0,
+        max_position_embeddings=64, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    model = transformers.GptOssForCausalLM(config).eval()
+    rng = np.random.default_rng(0)
+    packed = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter) + (parameter.ndim == 1))
+            if name.endswith(("gate_up_proj", "down_proj")):
+                experts, inner, outer = parameter.shape
+                packed[f"{name}_blocks"] = rng.integers(0, 256, (experts, outer, inner // 32, 16)).astype(np.uint8)
+                packed[f"{name}_scales"] = rng.integers(122, 126, (experts, outer, inner // 32)).astype(np.uint8)
+                both = (torch.tensor(packed[f"{name}_{part}"]) for part in ("blocks", "scales"))
+                parameter.copy_(mxfp4.convert_moe_packed_tensors(*both, dtype=torch.float32))
+    tensors = {name: value.numpy() for name, value in model.state_dict().items() if f"{name}_blocks" not in packed}
+    tensors |= packed
+    write_checkpoint(tmp_path, tensors, tensors.__getitem__)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | CONFIG))
+    tokens = rng.integers(0, 97, (2, 20)).astype(np.int32)
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.numpy()
+    error = np.abs(np.asarray(load_model(tmp_path, "float32", quantization)(tokens)) - expected).max()
+    assert error < 1e-4 if quantization is None else 1e-3 < error < np.abs(expected).max()
 
 
 def test_by_the_table():

@@ -4,12 +4,10 @@ import json
 import logging
 import re
 
-import bitsandbytes.functional as bnb
 import chex
 import jax
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from jaxft.hub.checkpoint import Checkpoint, write_checkpoint
@@ -18,6 +16,9 @@ from jaxft.hub.prequantized import METHODS, open_directory
 from jaxft.hub.save import save_model
 from jaxft.models.families import decoder_config
 from jaxft.sharding.mesh import make_mesh
+
+torch = pytest.importorskip("torch")
+bnb = pytest.importorskip("bitsandbytes.functional")
 
 pytestmark = pytest.mark.parity
 
