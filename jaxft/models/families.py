@@ -165,6 +165,11 @@ def _cohere2(hf: PreTrainedConfig) -> DecoderConfig:
     )
 
 
+def _glm(hf: PreTrainedConfig) -> DecoderConfig:
+    """GLM-4-9B (-hf), GLM-Edge."""
+    return shared(hf, qkv_bias=hf.attention_bias, fused_gate_up=True, interleaved=True)
+
+
 def _glm4(hf: PreTrainedConfig) -> DecoderConfig:
     """GLM-4-0414."""
     norms = BlockNorms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
@@ -333,6 +338,7 @@ FAMILIES: dict[str, Callable[[PreTrainedConfig], DecoderConfig]] = {
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
+    "glm": _glm,
     "glm4": _glm4,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,

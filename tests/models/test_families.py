@@ -158,6 +158,10 @@ def cohere2(**kwargs):
     return transformers.Cohere2Config(**(basics | kwargs))
 
 
+def glm(**kwargs):
+    return transformers.GlmConfig(**(SMALL | HEADS | dict(head_dim=12, pad_token_id=0, eos_token_id=1) | kwargs))
+
+
 def glm4(**kwargs):
     rope = dict(rope_type="default", rope_theta=100.0, partial_rotary_factor=0.5)
     basics = SMALL | HEADS | dict(head_dim=12, rope_parameters=rope, pad_token_id=0)
@@ -264,6 +268,9 @@ CONFIGS |= {
     "cohere2": cohere2(),
     "cohere2-biases": cohere2(attention_bias=True, layer_norm_eps=1e-2, num_key_value_heads=1),
     "cohere2-untied": cohere2(tie_word_embeddings=False, **typed("fsf")),
+    "glm": glm(),
+    "glm-no-bias-tied": glm(attention_bias=False, tie_word_embeddings=True, hidden_act="gelu", num_key_value_heads=1),
+    "glm-all-turns": glm(rope_parameters=dict(rope_type="default", rope_theta=50.0, partial_rotary_factor=1.0)),
     "glm4": glm4(),
     "glm4-no-bias": glm4(attention_bias=False, tie_word_embeddings=True),
     "glm4-all-turns": glm4(rope_parameters=dict(rope_type="default", rope_theta=1e3, partial_rotary_factor=1.0)),
