@@ -169,7 +169,7 @@ def describe_batch(inputs: Inputs) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in inputs.mesh.shape.items())
     return (
         f"effective batch: {rows} rows of {length} tokens = {c.micro_batch_size} (micro_batch_size) "
-        f"x {c.gradient_accumulation_steps} (accumulation) x {ways} (data x fsdp); mesh: {mesh}\n"
+        f"x {c.gradient_accumulation_steps} (accumulation) x {ways} (data x fsdp x expert); mesh: {mesh}\n"
         f"{inputs.total_steps} updates, {inputs.schedule.epoch(inputs.total_steps):.2f} epochs"
     )
 

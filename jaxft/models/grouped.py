@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxft.models.linear import Weight, as_stored, contract, precision
 from jaxft.quantization.qtensor import QTensor
 
-TILE = 256
+TILE = 128
 """Rows multiplied at a time, at most."""
 
 

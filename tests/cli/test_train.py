@@ -118,7 +118,7 @@ def test_a_dry_run_prints_the_plan_reads_no_weights_and_writes_nothing(place, no
     asked = "<|im_start|> user <|sep|> the old dog sees a bird ? <|im_end|> <|im_start|> assistant <|sep|>"
     assert f"\n{asked}⟦ a new bird <|im_end|>⟧\n" in rest
     assert (
-        "effective batch: 6 rows of 48 tokens = 2 (micro_batch_size) x 3 (accumulation) x 1 (data x fsdp); "
+        "effective batch: 6 rows of 48 tokens = 2 (micro_batch_size) x 3 (accumulation) x 1 (data x fsdp x expert); "
         "mesh: data 1 x fsdp 1 x tensor 1\n7 updates, 7.00 epochs\n"
     ) in rest
 
