@@ -107,7 +107,10 @@ def _dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
+@jax.jit
 def row_squares(weight: jax.Array | QTensor) -> jax.Array:
-    """|W|² of each row, float32 [..., out]."""
+    """|W|² of each row, float32 [..., out]; of a stack one matrix after the other, so that one is float32 at a time."""
+    if weight.ndim > 2:
+        return jax.lax.map(row_squares, weight)
     dense = weight.dequantize(jnp.float32) if isinstance(weight, QTensor) else weight.astype(jnp.float32)
     return jnp.sum(dense * dense, axis=-1)

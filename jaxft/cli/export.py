@@ -34,7 +34,7 @@ from jaxft.hub.peft import CONFIG_FILE, TENSOR_STEM, load_adapter
 from jaxft.hub.resolve import resolve_model
 from jaxft.hub.save import copy_companions, save_model
 from jaxft.models.config import Source
-from jaxft.models.decoder import Decoder
+from jaxft.models.decoder import Decoder, parameters
 from jaxft.models.families import decoder_config
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -146,7 +146,9 @@ def write_merged(run: Run, directory: Path, dtype: str | None) -> str:
         dtype = dtype or _checkpoint_dtype(base)
         storage = _storage(base, dtype)
         model = merge(load_adapter(load_model(base, storage), run.result), donate=True)
-    expected = _logits(model if storage == dtype else _rounded(model, dtype))
+    if storage != dtype:
+        _round(model, dtype)
+    expected = _logits(model)
     if not np.isfinite(expected).all():
         raise ValueError(f"{run.path}: the merged model's logits are not finite in {dtype}; choose another --dtype")
     save_model(model, directory, dtype)
@@ -260,9 +262,16 @@ def _storage(directory: Path, dtype: str) -> str:
     return dtype if found == {dtype} == {"bfloat16"} else "float32"
 
 
-def _rounded(model: Decoder, dtype: str) -> Decoder:
-    """The model, in float32, with weights as `dtype` stores them. Not jitted: XLA would drop the rounding."""
-    return jax.tree.map(lambda weight: weight.astype(dtype).astype(jnp.float32), model)
+def _round(model: Decoder, dtype: str) -> None:
+    """Give the weights, in float32, the values that `dtype` stores."""
+    for _, variable in parameters(model):
+        variable.set_value(_rounded(variable.get_value(), dtype))
+
+
+@partial(jax.jit, static_argnames="dtype", donate_argnames="weight")
+def _rounded(weight: jax.Array, dtype: str) -> jax.Array:
+    """In the memory of the weight given. XLA would drop a cast there and back."""
+    return jax.lax.reduce_precision(weight, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
 
 
 @jax.jit

@@ -233,7 +233,7 @@ def _what_it_is(path: Path, head: bytes) -> str:
     if text.startswith((b"{", b"[")):
         return "JSON text, not the weights (a server's error message, or an index): download the file itself"
     if head.startswith(b"GGUF"):
-        return "a GGUF file (llama.cpp): download the model's safetensors weights instead"
+        return "a GGUF file (llama.cpp), whatever its name says: call it .gguf and give its path as the model"
     if head.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05][^\0]", head):
         stem = path.stem.removeprefix("pytorch_")
         return f"a PyTorch pickle, whatever its name says. {pickle_conversion([path.name], stem)}"

@@ -314,3 +314,11 @@ def test_only_the_adapter_has_gradients(base):
     assert len(trained) == 2 * 7
     assert optax.tree.size(trained) == 3 * 2 * (2 * (16 + 16) + 2 * (8 + 16) + 3 * (24 + 16))
     assert optax.tree.size(frozen) == optax.tree.size(nnx.state(base)) + 7 * 3, "the base and the scales"
+
+
+@pytest.mark.parametrize("form", [None, "nf4", "int8"])
+def test_row_squares_of_a_stack_are_those_of_each(form):
+    stack = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5, 128)), jnp.float32)
+    weight = stack if form is None else quantize(stack, parse_format(form))
+    dense = stack if form is None else weight.dequantize(jnp.float32)
+    np.testing.assert_allclose(row_squares(weight), np.sum(np.square(dense), axis=-1), rtol=1e-6)
