@@ -39,7 +39,7 @@ import numpy as np
 import jaxft
 from jaxft.hub.checkpoint import Checkpoint, write_checkpoint
 from jaxft.models.decoder import describe, parameters
-from jaxft.models.families import decoder_config
+from jaxft.models.hf_config import decoder_config
 
 FORMATS = ("bfloat16", "float32", "int8", "int4", "nf4")
 CONFIG = {

@@ -18,7 +18,8 @@ import jaxft
 from jaxft.adapters.attach import sites
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import describe
-from jaxft.models.families import FAMILIES, decoder_config
+from jaxft.models.families import FAMILIES
+from jaxft.models.hf_config import decoder_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET, PARITY = ROOT / "docs" / "families.md", ROOT / "docs" / "parity.json"

@@ -21,7 +21,7 @@ import jaxft
 from jaxft.data.chat import CHATML
 from jaxft.hub.checkpoint import write_checkpoint
 from jaxft.models.decoder import initialize, parameters
-from jaxft.models.families import decoder_config
+from jaxft.models.hf_config import decoder_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINING = ROOT / "configs" / "quickstart_pretrain.yaml"

@@ -20,7 +20,7 @@ import pytest  # noqa: E402
 
 from jaxft.hub.checkpoint import write_checkpoint  # noqa: E402
 from jaxft.models.decoder import describe, parameters  # noqa: E402
-from jaxft.models.families import decoder_config  # noqa: E402
+from jaxft.models.hf_config import decoder_config  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -156,3 +156,14 @@ def write_chats():
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Runs see one device."""
+    from jaxft.sharding.mesh import make_mesh
+    from jaxft.training import inputs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+        yield

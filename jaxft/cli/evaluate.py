@@ -22,7 +22,7 @@ from jaxft.hub.load import load_model
 from jaxft.hub.model_files import read_config
 from jaxft.hub.peft import load_adapter, read_adapter_config
 from jaxft.hub.resolve import resolve_model
-from jaxft.models.families import decoder_config
+from jaxft.models.hf_config import decoder_config
 from jaxft.sharding.mesh import make_mesh
 
 

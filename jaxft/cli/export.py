@@ -35,7 +35,7 @@ from jaxft.hub.resolve import resolve_model
 from jaxft.hub.save import copy_companions, save_model
 from jaxft.models.config import Source
 from jaxft.models.decoder import Decoder, parameters
-from jaxft.models.families import decoder_config
+from jaxft.models.hf_config import decoder_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = 1e-5  # between logits before and after writing, relative to the largest

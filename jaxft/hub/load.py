@@ -20,7 +20,7 @@ from jaxft.hub.stack import Storage
 from jaxft.hub.stream import load_weights
 from jaxft.models.config import DecoderConfig, Source
 from jaxft.models.decoder import Decoder, Parameter, Remat, describe, parameters
-from jaxft.models.families import decoder_config
+from jaxft.models.hf_config import decoder_config
 from jaxft.models.linear import Weight
 from jaxft.models.placement import bind, check_mesh
 from jaxft.quantization.formats import parse_format

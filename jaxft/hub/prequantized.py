@@ -22,7 +22,7 @@ from jaxft.hub.checkpoint import Checkpoint
 from jaxft.hub.encoded import Encoded, Files
 from jaxft.hub.safetensors import SafetensorsError, TensorInfo
 from jaxft.hub.text_part import TextPart
-from jaxft.models.families import WITH_VISION
+from jaxft.models.hf_config import WITH_VISION
 
 METHODS: Mapping[str, Callable[[Files, dict[str, Any]], dict[str, Encoded]]] = {
     "awq": packed.find_awq,

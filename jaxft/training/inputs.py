@@ -23,7 +23,7 @@ from jaxft.hub.peft import load_adapter
 from jaxft.hub.resolve import ResolvedModel, resolve_model
 from jaxft.models.config import DecoderConfig, Rope, Source
 from jaxft.models.decoder import Decoder
-from jaxft.models.families import decoder_config
+from jaxft.models.hf_config import decoder_config
 from jaxft.models.linear import Adapter
 from jaxft.models.placement import check_mesh
 from jaxft.quantization.formats import parse_format

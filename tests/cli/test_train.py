@@ -5,7 +5,6 @@ import shutil
 import signal
 from pathlib import Path
 
-import jax
 import pytest
 from orbax.checkpoint import CheckpointManager
 from safetensors.numpy import load_file, save_file
@@ -15,19 +14,10 @@ from jaxft.cli.train import main, nothing_to_lose, train
 from jaxft.config import ConfigError
 from jaxft.config_file import load_config
 from jaxft.hub.checkpoint import Checkpoint
-from jaxft.sharding.mesh import make_mesh
-from jaxft.training import inputs as inputs_module
 from jaxft.training.logging import read_metrics
 from jaxft.training.run_directory import open_run
 
 pytestmark = pytest.mark.usefixtures("quick_compiles", "one_device")
-
-
-@pytest.fixture(scope="module")
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs_module, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from jaxft.hub.load import eos_token_ids, load_model
 from jaxft.hub.model_files import open_files, open_weights, read_config
 from jaxft.hub.resolve import HubError, resolve_model
 from jaxft.hub.save import save_model
-from jaxft.models.families import decoder_config
+from jaxft.models.hf_config import decoder_config
 
 torch = pytest.importorskip("torch")
 

@@ -14,7 +14,7 @@ from jaxft.hub.checkpoint import Checkpoint, write_checkpoint
 from jaxft.hub.load import describe_model, fingerprint, load_model, read_json
 from jaxft.hub.prequantized import METHODS, open_directory
 from jaxft.hub.save import save_model
-from jaxft.models.families import decoder_config
+from jaxft.models.hf_config import decoder_config
 from jaxft.sharding.mesh import make_mesh
 
 torch = pytest.importorskip("torch")

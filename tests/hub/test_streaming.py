@@ -19,7 +19,7 @@ from jaxft.hub.checkpoint import Checkpoint, write_checkpoint
 from jaxft.hub.load import load_model
 from jaxft.hub.stream import read_ahead
 from jaxft.models.decoder import describe, parameters
-from jaxft.models.families import decoder_config
+from jaxft.models.hf_config import decoder_config
 from jaxft.quantization.integer import Int4, Int8
 from jaxft.quantization.nf4 import NF4
 from jaxft.quantization.qtensor import quantize

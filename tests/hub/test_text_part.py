@@ -12,7 +12,7 @@ import jaxft
 from jaxft.adapters.attach import Factors, attach, attach_factors, factors_of
 from jaxft.adapters.targets import LoraConfig
 from jaxft.hub.checkpoint import Checkpoint, write_checkpoint
-from jaxft.models.families import decoder_config
+from jaxft.models.hf_config import decoder_config
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

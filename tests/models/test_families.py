@@ -14,7 +14,7 @@ from jaxft.adapters.targets import LoraConfig
 from jaxft.data.loader import Batch
 from jaxft.generation.generate import generate
 from jaxft.hub.peft_experts import unflat
-from jaxft.models.families import decoder_config
+from jaxft.models.hf_config import decoder_config
 from jaxft.models.linear import Adapter
 from jaxft.training.state import Partition
 from jaxft.training.step import loss_sum

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from jaxft.models.decoder import describe, parameters
-from jaxft.models.families import decoder_config
+from jaxft.models.hf_config import decoder_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

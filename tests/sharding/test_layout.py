@@ -8,7 +8,8 @@ import pytest
 
 import jaxft
 from jaxft.models.decoder import describe, parameters
-from jaxft.models.families import FAMILIES, decoder_config
+from jaxft.models.families import FAMILIES
+from jaxft.models.hf_config import decoder_config
 from jaxft.sharding.layout import layout_of
 from jaxft.sharding.mesh import make_mesh
 

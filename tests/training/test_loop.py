@@ -24,8 +24,6 @@ from jaxft.config_file import load_config
 from jaxft.data.chat import load_tokenizer
 from jaxft.data.loader import Schedule
 from jaxft.data.tokenized import Tokenized, TokenizedSet
-from jaxft.sharding.mesh import make_mesh
-from jaxft.training import inputs as inputs_module
 from jaxft.training.checkpoint import Checkpoints
 from jaxft.training.inputs import gather
 from jaxft.training.logging import read_metrics
@@ -35,13 +33,6 @@ from jaxft.training.optimizer import learning_rate_schedule
 CANARY = "hf_" + "canary" * 6
 
 pytestmark = pytest.mark.usefixtures("quick_compiles", "one_device")
-
-
-@pytest.fixture(scope="module")
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs_module, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
-        yield
 
 
 @pytest.fixture(scope="module")
