@@ -37,6 +37,10 @@ class Nested:
     offset: np.float32
 
 
+_SWAPPED = np.array([byte >> 4 | byte % 16 << 4 for byte in range(256)], np.uint8)
+"""A byte with its halves exchanged."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FourBit(Encoded):
     """A weight in sixteen values, `levels`, with one scale to `blocksize` of them."""
@@ -66,6 +70,11 @@ class FourBit(Encoded):
         """The indices into `levels` of these rows and columns, uint8."""
         both = np.arange(256, dtype=np.uint8)
         return self._unpack(np.stack([both >> 4, both & 15], axis=-1), begin, end, columns)
+
+    def pairs(self, begin: int, end: int, columns: slice) -> np.ndarray:
+        """The same two to a byte, the first in the lower half; width, begin and end of the columns are even."""
+        packed = self.files.read(self.name).view(np.uint8).reshape(self.shape[0], -1)
+        return _SWAPPED[packed[begin:end, columns.start // 2 : columns.stop // 2]]
 
     def _unpack(self, pairs: np.ndarray, begin: int, end: int, columns: slice) -> np.ndarray:
         """The first and second value that `pairs` [256, 2] has for each byte, contiguous."""

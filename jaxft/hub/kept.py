@@ -13,7 +13,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -39,29 +38,34 @@ def keeps(weights: Weights, name: str, form: Format | None) -> bool:
 def kept(weights: Weights, name: str, form: Format | None, sharding: NamedSharding | None) -> QTensor | None:
     """The weight `name` in the codes of the file, placed as `form` would have it; None: they are of another format.
 
-    With a sharding, that of the weight, each device gets its own part, and only what it needs is unpacked.
+    4-bit codes stay as they are packed, two to a byte [out, in / 2], but with the first in the lower half, as XLA has
+    them: `jaxft.hub.stack.Storage.encode` takes them so. With a sharding, that of the weight, each device gets its
+    own part.
     """
     if not keeps(weights, name, form):
         return None
     weight = weights.encoded[name]
-    codes = jax.ShapeDtypeStruct(weight.shape, jnp.uint4 if isinstance(weight, FourBit) else jnp.int8)
-    value = QTensor(codes, *_scales(weight, form), format=form)
+    per_byte, read = (2, weight.pairs) if isinstance(weight, FourBit) else (1, weight.codes)
+    rows, columns = weight.shape
+    scales = _scales(weight, form)
+    codes = jax.ShapeDtypeStruct((rows, columns // per_byte), jnp.uint8 if per_byte == 2 else jnp.int8)
+    value = QTensor(codes, *scales, format=form)
 
     def part(leaf: jax.ShapeDtypeStruct | np.ndarray, cut: tuple[slice, ...]) -> np.ndarray:
         if leaf is not codes:
             return leaf[cut]
-        (begin, end, _), (left, right, _) = (s.indices(n) for s, n in zip(cut, weight.shape, strict=True))
-        part = weight.codes(begin, end, slice(left, right))
-        return part.view(ml_dtypes.uint4) if isinstance(weight, FourBit) else part
+        (begin, end, _), (left, right, _) = (s.indices(n) for s, n in zip(cut, codes.shape, strict=True))
+        return read(begin, end, slice(left * per_byte, right * per_byte))
 
     if sharding is None:
         return jax.tree.map(lambda leaf: jnp.asarray(part(leaf, (slice(None),) * leaf.ndim)), value)
+    whole = QTensor(jax.ShapeDtypeStruct(weight.shape, codes.dtype), *scales, format=form)
     return jax.tree.map(
         lambda leaf, cut: jax.make_array_from_callback(
             leaf.shape, NamedSharding(sharding.mesh, cut), partial(part, leaf)
         ),
         value,
-        value.specs(sharding.spec, sharding.mesh),
+        whole.specs(sharding.spec, sharding.mesh),
     )
 
 

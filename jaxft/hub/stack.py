@@ -58,10 +58,15 @@ class Storage:
         return cls(parameter.stack, dtype, form, sharding, stack_spec, packed)
 
     def encode(self, x: Weight) -> Weight:
-        """One tensor as it is stored; codes are taken as they are."""
+        """One tensor as it is stored; codes are taken as they are, those of 4 bits two to a byte."""
         if self.form is None:
             return self.constrain(x.astype(self.dtype))
-        value = self.constrain(x if isinstance(x, QTensor) else quantize(x, self.form))
+        if isinstance(x, QTensor):
+            if x.codes.dtype == jnp.uint8 and self.packed is None:
+                codes = jax.lax.bitcast_convert_type(x.codes, jnp.uint4)
+                x = replace(x, codes=codes.reshape(*x.codes.shape[:-1], -1))
+            return self.constrain(x)
+        value = self.constrain(quantize(x, self.form))
         if self.packed is not None:
             pairs = value.codes.reshape(*value.codes.shape[:-1], -1, 2)
             value = self.constrain(replace(value, codes=jax.lax.bitcast_convert_type(pairs, jnp.uint8)))
