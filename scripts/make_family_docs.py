@@ -9,6 +9,7 @@ import argparse
 import json
 import runpy
 import tempfile
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -16,10 +17,13 @@ import numpy as np
 
 import jaxft
 from jaxft.adapters.attach import sites
+from jaxft.hub.gguf import ARCHITECTURES
+from jaxft.hub.load import is_quantized
+from jaxft.hub.prequantized import METHODS
 from jaxft.models.config import DecoderConfig
-from jaxft.models.decoder import describe
+from jaxft.models.decoder import describe, parameters
 from jaxft.models.families import FAMILIES
-from jaxft.models.hf_config import decoder_config
+from jaxft.models.hf_config import WITH_VISION, decoder_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET, PARITY = ROOT / "docs" / "families.md", ROOT / "docs" / "parity.json"
@@ -32,7 +36,7 @@ What `model_type` of a config.json may be, and what is known of each. This page 
   float32.
 - **LoRA** sits on the modules named; `all-linear` means all of them but those in brackets. Where the experts of a layer
   are one tensor, `lora_target_parameters` names them. Routers carry none.
-- **Quantized** (int8, int4, nf4) are the weights of the modules named, and of experts; not embedding, head or norms.
+- **Quantized** to int8, int4 or nf4 are these weights; all others stay in `dtype`.
 """
 CONSUMERS = """## What consumers make of an adapter
 
@@ -46,6 +50,17 @@ CONSUMERS = """## What consumers make of an adapter
 
 A merged model (`scripts/export.py --format merged`) has none of these limits.
 """
+
+
+def stored() -> str:
+    """What checkpoints may be, from the tables of those who read them."""
+    listed = {
+        "Models with vision whose part for text is of one of these families": sorted(WITH_VISION),
+        "Quantized checkpoints (`quant_method`)": sorted(METHODS),
+        "GGUF files (`general.architecture`)": sorted(ARCHITECTURES),
+    }
+    lines = [f"- {what}: {', '.join(f'`{name}`' for name in names)}" for what, names in listed.items()]
+    return "\n".join(["## What else loads", "", *lines])
 
 
 def measure() -> dict[str, dict[str, float | int]]:
@@ -67,29 +82,44 @@ def measure() -> dict[str, dict[str, float | int]]:
 
 
 def page(parity: dict[str, dict[str, float | int]]) -> str:
-    rows = ["| model_type | checkpoints | logit error (models) | LoRA | PEFT layout |", "|---|---|---|---|---|"]
+    rows = [
+        "| model_type | checkpoints | logit error (models) | LoRA | quantized | PEFT layout | caveats |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for model_type, family in sorted(FAMILIES.items()):
         config = decoder_config({"model_type": model_type, "num_hidden_layers": 8, "n_layer": 8})
-        error = f"{parity[model_type]['max_logit_error']:.0e} ({parity[model_type]['models']})"
-        covered = family.__doc__.strip().rstrip(".")
-        rows.append(f"| `{model_type}` | {covered} | {error} | {_modules(config)} | {_layout(config)} |")
-    return "\n".join([OPENING, *rows, "", CONSUMERS])
+        model = describe(config)
+        adapted = _last_parts(site.modules[0] for site in sites(model) if site.target == "target_modules")
+        if model.lm_head is not None:
+            adapted = [*adapted[1:], f"[{adapted[0]}]"]
+        quantized = _last_parts(p.names[0].removesuffix(".weight") for p, _ in parameters(model) if is_quantized(p))
+        cells = [
+            f"`{model_type}`",
+            family.__doc__.strip().rstrip("."),
+            f"{parity[model_type]['max_logit_error']:.1e} ({parity[model_type]['models']})",
+            ", ".join(adapted),
+            ", ".join(quantized),
+            "experts as parameters" if config.experts and config.experts.adapters == "target_parameters" else "modules",
+            "; ".join(_caveats(config)),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([OPENING, *rows, "", stored(), "", CONSUMERS])
 
 
-def _modules(config: DecoderConfig) -> str:
-    """Last parts of the names of all modules that can carry an adapter, the output head at the end."""
-    model = describe(config)
-    names = [site.modules[0].rpartition(".")[2] for site in sites(model) if site.target == "target_modules"]
-    names = list(dict.fromkeys(reversed(names)))
-    return ", ".join(f"[{name}]" if model.lm_head is not None and name == names[-1] else name for name in names)
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def _layout(config: DecoderConfig) -> str:
-    parts = ["`fan_in_fan_out`" if config.transposed else "by module"]
+def _caveats(config: DecoderConfig) -> Iterator[str]:
+    if config.transposed:
+        yield "adapters say `fan_in_fan_out`; quantized checkpoints do not load"
     if config.experts is not None:
-        kinds = {"target_modules": "experts by name", "target_parameters": "experts by `target_parameters`"}
-        parts.append(kinds.get(config.experts.adapters, "experts stay frozen"))
-    return ", ".join(parts)
+        if config.experts.adapters is None:
+            yield "experts stay frozen: PEFT drops their adapters"
+        else:
+            yield "no DoRA, no dropout on experts"
+        if config.experts.adapters == "target_modules":
+            yield "no rsLoRA on experts; adapters on all of them or none"
 
 
 if __name__ == "__main__":

@@ -142,10 +142,6 @@ def check_experts(model: Decoder) -> None:
     """
     experts = [site for site in sites(model) if isinstance(site.linear, ExpertLinear)]
     adapters = [site.linear.adapter for site in experts]
-    for site, lora in zip(experts, adapters, strict=True):
-        for option in ("use_dora", "dropout"):
-            if lora is not None and (value := getattr(lora.spec, option)):
-                raise ValueError(f"{option} is {value}, which PEFT has not for experts ({site.modules[0]})")
     if model.config.experts is None or model.config.experts.fused or not any(adapters):
         return
     if any(lora is not None and lora.spec.use_rslora for lora in adapters):
@@ -200,6 +196,12 @@ def _spec(site: Site, config: LoraConfig, chosen: set[str]) -> LoraSpec | None:
         return None
     if site.linear.adapter is not None:
         raise ValueError("the model carries an adapter already; merge it first, or load a fresh base")
+    if isinstance(site.linear, ExpertLinear) and (config.use_dora or config.lora_dropout):
+        option = "use_dora" if config.use_dora else "lora_dropout"
+        raise ValueError(
+            f"{option} is {getattr(config, option)}, which adapters on experts ({site.modules[0]}) cannot have, here "
+            "or in PEFT; leave it out, or leave the experts out of the targets"
+        )
     return LoraSpec(
         ranks,
         tuple(float(config.alpha(name)) for name in site.modules),

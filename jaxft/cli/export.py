@@ -1,7 +1,7 @@
 """Take the result of a finished run away, as a PEFT adapter or merged into the original weights.
 
 Only what is beyond doubt leaves: the run's files are as it wrote them, the base is the one it was trained
-on, and what was written is read back. A merge starts from the unquantized base, in float32, whatever the run
+on, and what was written is read back. A merge starts from the base as it is on disk, in float32, whatever the run
 computed in. The chat template and the token that ends an answer go along, so that what is served is what was
 trained.
 """
@@ -28,14 +28,13 @@ from jaxft.cli.command import end_of_turn, exit_code
 from jaxft.config import Config
 from jaxft.config_file import load_config
 from jaxft.data.chat import Renderer, load_tokenizer
-from jaxft.hub.load import config_fingerprint, describe_model, eos_token_ids, fingerprint, load_model
-from jaxft.hub.model_files import config_file, open_files, read_config, read_json
+from jaxft.hub.load import config_fingerprint, describe_model, eos_token_ids, fingerprint, load_model, open_model
+from jaxft.hub.model_files import config_file, open_files, open_weights, read_config, read_json
 from jaxft.hub.peft import CONFIG_FILE, TENSOR_STEM, load_adapter
 from jaxft.hub.resolve import resolve_model
 from jaxft.hub.save import copy_companions, save_model
 from jaxft.models.config import Source
 from jaxft.models.decoder import Decoder, parameters
-from jaxft.models.hf_config import decoder_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = 1e-5  # between logits before and after writing, relative to the largest
@@ -91,7 +90,7 @@ def open_result(directory: Path) -> Run:
 
 
 def find_base(run: Run) -> Source:
-    """The unquantized base that the adapter was trained on, at the same commit.
+    """The base that the adapter was trained on, as it is on disk, at the same commit.
 
     Raises:
         ValueError: it is not there, or there are other weights in its place.
@@ -116,7 +115,7 @@ def write_adapter(run: Run, directory: Path) -> None:
     source = find_base(run)
     for name in (CONFIG_FILE, f"{TENSOR_STEM}.safetensors"):
         shutil.copyfile(run.result / name, directory / name)
-    base = describe_model(decoder_config(read_config(Path(source.path))), "float32", None)
+    base = describe_model(open_model(Path(source.path))[0], "float32", None)
     base.source = source
     jax.eval_shape(lambda base: load_adapter(base, directory), base)
     add_tokenizer(Path(source.path), directory, run.record["chat_template"])
@@ -257,8 +256,8 @@ def _storage(directory: Path, dtype: str) -> str:
 
     Then the sum with the adapter, made in float32, is rounded once either way.
     """
-    checkpoint = open_files(directory)
-    found = {str(checkpoint.info(name).dtype) for name in checkpoint.names()}
+    weights = open_weights(directory, read_config(directory))
+    found = {str(weights.info(name).dtype) for name in weights.names()}
     return dtype if found == {dtype} == {"bfloat16"} else "float32"
 
 

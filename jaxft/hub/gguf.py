@@ -204,6 +204,8 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
             f"{path}: GGUF architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}. "
             "Give the safetensors checkpoint of the model"
         )
+    if file.fields.get(f"{name}.expert_count"):
+        raise ValueError(f"{path}: GGUF files with experts are not supported; give the safetensors checkpoint")
     architecture = ARCHITECTURES[name]
 
     def field(key: str) -> Any:

@@ -9,7 +9,8 @@ double quantization of the original weights would have given.
 """
 
 import logging
-from functools import partial
+from collections.abc import Sequence
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -69,10 +70,27 @@ def kept(weights: Weights, name: str, form: Format | None, sharding: NamedShardi
     )
 
 
-def tell(weights: Weights, form: Format | None, dtype: str) -> None:
-    """Log what becomes of the codes of a quantized checkpoint that are not kept."""
+@cache
+def say(text: str) -> None:
+    """Log a warning, the same one once."""
+    logger.warning(text)
+
+
+def tell(weights: Weights, form: Format | None, dtype: str, quantized: Sequence[str]) -> None:
+    """Log what becomes of the codes of a quantized checkpoint that are not kept, and of what it left unquantized.
+
+    Args:
+        quantized: the weights that are in `form` afterwards.
+    """
     if not isinstance(weights, Prequantized):
         return
+    plain = [name for name in quantized if name not in weights.encoded or not weights.encoded[name].coded]
+    if form is not None and plain:
+        some = f"{', '.join(plain[:3])}{', ...' if len(plain) > 3 else ''}"
+        say(
+            f"{weights.directory}: {len(plain)} weights that this checkpoint keeps in full precision are quantized as "
+            f"{form} with the others: {some}"
+        )
     coded = [weight for weight in weights.encoded.values() if weight.coded]
     lost = [weight for weight in coded if form is None or not _is_form(weight, form)]
     if not lost:
@@ -80,7 +98,7 @@ def tell(weights: Weights, form: Format | None, dtype: str) -> None:
     now = f"dequantized to {dtype}" if form is None else f"dequantized, and those of the layers quantized as {form}"
     options = {option for weight in lost if (option := _option(weight))}
     hint = f"; {' or '.join(sorted(options))} keeps their codes" if options else ""
-    logger.warning("%s: %d weights quantized by %s are %s%s", weights.directory, len(lost), weights.method, now, hint)
+    say(f"{weights.directory}: {len(lost)} weights quantized by {weights.method} are {now}{hint}")
 
 
 def _is_form(weight: Encoded, form: Format) -> bool:

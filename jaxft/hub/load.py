@@ -5,16 +5,17 @@ The weights themselves come by `stream`, a few tensors at a time.
 
 import hashlib
 import json
-import logging
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.hub.encoded import Files
-from jaxft.hub.kept import tell
+from jaxft.hub.kept import say, tell
 from jaxft.hub.model_files import companions_of, config_file, open_files, open_weights, read_config, read_json
-from jaxft.hub.prequantized import Weights
+from jaxft.hub.prequantized import Prequantized, Weights
 from jaxft.hub.resolve import resolve_model
 from jaxft.hub.stack import Storage
 from jaxft.hub.stream import load_weights
@@ -32,12 +33,13 @@ IGNORED = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 BOOKKEEPING = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
 """Keys of config.json that say nothing about what the model computes."""
 
+VALUES = ("float64", "float32", "bfloat16", "float16")
+"""Dtypes of tensors that hold the values themselves."""
+
 DTYPES = ("float32", "bfloat16")
 """What weights may be stored in, and computed with."""
 
 SAMPLE = 1024  # values
-
-logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -68,17 +70,12 @@ def load_model(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; weights are stored in {' or '.join(DTYPES)} (or see `quantization`)")
     resolved = resolve_model(str(path), revision)
-    raw = read_config(resolved.path)
-    config = decoder_config(raw)
+    config, checkpoint = open_model(resolved.path)
     if mesh is not None:
         check_mesh(config, mesh)
-    checkpoint = open_weights(resolved.path, raw)
-    check_tensors(checkpoint, config)
     storage = jnp.dtype(dtype)
     form = parse_format(quantization) if isinstance(quantization, str) else quantization
-    tell(checkpoint, form, dtype)
-    if config.part_of is not None:
-        logger.warning("%s: of this %s model only the part for text is loaded", resolved.path, config.part_of)
+    announce(config, checkpoint, form, dtype)
 
     storages = {
         parameter: Storage.of(parameter, storage, form if is_quantized(parameter) else None, mesh)
@@ -89,6 +86,46 @@ def load_model(
     if mesh is not None:
         bind(model, mesh)
     return model
+
+
+def open_model(path: Path) -> tuple[DecoderConfig, Weights]:
+    """The decoder that a directory or GGUF file describes, and its weights, which fit.
+
+    Where the config says that output head and embedding are one, and the files have a head of other values, they are
+    two, as in transformers: configs leave the key out, and defaults have changed.
+
+    Raises:
+        ValueError: config or weights cannot be read, or are not of one mind.
+    """
+    raw = read_config(path)
+    config, weights = decoder_config(raw), open_weights(path, raw)
+    (head,), (embedding,) = (config.names(f"{name}.weight", None) for name in ("lm_head", "model.embed_tokens"))
+    both = config.tie_word_embeddings and {head, embedding} <= set(weights.names())
+    if both and not _same(weights, head, embedding):
+        config = replace(config, tie_word_embeddings=False)
+    check_tensors(weights, config)
+    return config, weights
+
+
+def _same(weights: Weights, one: str, other: str) -> bool:
+    rows = weights.info(one).shape[0]
+    if weights.info(one).shape != weights.info(other).shape:
+        return False
+    for start in range(0, rows, SAMPLE):
+        part = (slice(start, start + SAMPLE),)
+        if not np.array_equal(weights.read(one, part), weights.read(other, part)):
+            return False
+        weights.release(one)
+        weights.release(other)
+    return True
+
+
+def announce(config: DecoderConfig, weights: Weights, form: Format | None, dtype: str) -> None:
+    """Log, once, what is not loaded as it is stored."""
+    if config.part_of is not None:
+        say(f"{weights.directory}: of this {config.part_of} model only the part for text is loaded")
+    inside = [parameter for parameter, _ in parameters(describe(config)) if is_quantized(parameter)]
+    tell(weights, form, dtype, [name for parameter in inside for name in parameter.names])
 
 
 def describe_model(config: DecoderConfig, dtype: str, form: Format | None) -> Decoder:
@@ -116,6 +153,12 @@ def check_tensors(checkpoint: Weights, config: DecoderConfig) -> None:
         if not name.endswith(IGNORED) and name not in tied
     }
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    unknown = [name for name in unknown if not _is_idle_bias(checkpoint, name)]
+    coded = [
+        f"{name} ({checkpoint.info(name).dtype})"
+        for name in sorted(expected.keys() & found.keys())
+        if checkpoint.info(name).dtype.name not in VALUES
+    ]
     misshapen = [
         f"{name} is {found[name]}, expected {expected[name]}"
         for name in sorted(expected.keys() & found.keys())
@@ -127,11 +170,20 @@ def check_tensors(checkpoint: Weights, config: DecoderConfig) -> None:
             ("missing from the files", missing),
             ("unknown to the model", unknown),
             ("of another shape", misshapen),
+            ("no values but codes, and config.json has no quantization_config that says of what", coded),
         )
         if names
     ]
     if problems:
         raise ValueError(f"{checkpoint.directory}: tensors do not fit config.json; " + "; ".join(problems))
+
+
+def _is_idle_bias(weights: Weights, name: str) -> bool:
+    """Whether it is one of the zeros that quantizers put beside every weight, for models that have no bias there."""
+    weight = f"{name.removesuffix('.bias')}.weight"
+    if not name.endswith(".bias") or not isinstance(weights, Prequantized) or weight not in weights.encoded:
+        return False
+    return not weights.read(name).any()
 
 
 def eos_token_ids(model: Path, tokenizer_eos: int | None) -> list[int]:
@@ -154,7 +206,7 @@ def eos_token_ids(model: Path, tokenizer_eos: int | None) -> list[int]:
 
 
 def config_fingerprint(model: Path) -> str:
-    """Identifies what a model's config says of the computation, not who wrote it or how the weights are stored."""
+    """Identifies what a model's config says of the computation, not who wrote it."""
     config = {key: value for key, value in read_config(model).items() if key not in BOOKKEEPING}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 

@@ -3,7 +3,8 @@
 Both keep the weight as `[in, out]`. GPTQ packs codes along `in` and zeros along `out`, low bits first; an input may
 be of any group, as `g_idx` says. AWQ packs both along `out`, and eight columns of a word in the order 0 2 4 6 1 3 5 7.
 
-GPTQ's first format stores each zero less one (`checkpoint_format` gptq), the second (gptq_v2) as it is.
+GPTQ's first format stores each zero less one (`checkpoint_format` gptq), the second (gptq_v2) as it is. The one is
+taken from, and given back to, whole words, so that a zero of 0 borrows from its neighbour and pays back.
 
 Sources: `QuantLinear` of AutoGPTQ and `WQLinear_GEMM` of AutoAWQ, whose kernels compute this in float16.
 """
@@ -57,8 +58,9 @@ class Gptq(Packed):
         codes = _unpack(packed.T, shifts, self.bits).T
         codes = codes[columns.start % per_word :][: columns.stop - columns.start]
         words = slice(begin // per_word, -(-end // per_word))
-        zeros = _unpack(self.part("qzeros", words), shifts, self.bits)
-        zeros = zeros[:, begin % per_word :][:, : end - begin] + self.add_to_zeros
+        one_each = np.uint32(sum(self.add_to_zeros << shift for shift in range(0, 32, self.bits)))
+        zeros = _unpack((self.part("qzeros", words).view(np.uint32) + one_each).view(np.int32), shifts, self.bits)
+        zeros = zeros[:, begin % per_word :][:, : end - begin]
         return _dequantize(codes, zeros, self.part("scales", slice(begin, end)), self.groups[columns])
 
 

@@ -14,6 +14,7 @@ from jaxft.hub.model_files import companions_of, read_config
 from jaxft.hub.safetensors import TensorInfo
 from jaxft.hub.text_part import TextPart
 from jaxft.models.decoder import Decoder, Parameter, parameters
+from jaxft.models.hf_config import decoder_config
 from jaxft.quantization.qtensor import QTensor
 
 COMPANIONS = (
@@ -82,11 +83,15 @@ def save_model(
 
     def produce(name: str) -> np.ndarray:
         if name in rest:
-            return whole.files.read(name)
+            value = np.array(whole.files.read(name))
+            whole.files.release(name)
+            return value
         parameter, array, index = values[name]
         value = np.asarray(array[index] if index else array).astype(specs[name].dtype, copy=False)
         return value.swapaxes(-1, -2) if parameter.transposed else value
 
+    if decoder_config(config).tie_word_embeddings != model.config.tie_word_embeddings:
+        config["tie_word_embeddings"] = model.config.tie_word_embeddings
     written = {str(spec.dtype) for spec in specs.values()}
     if len(written) == 1:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = written.pop()

@@ -38,10 +38,11 @@ class TextPart:
         for name in files.names():
             prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
             if prefix is not None:
-                self.stored[_PREFIXES[prefix] + name.removeprefix(prefix)] = name
+                ours = _PREFIXES[prefix] + name.removeprefix(prefix)
+                if ours in self.stored:
+                    raise SafetensorsError(f"{self.directory}: holds {ours} twice, as {self.stored[ours]} and {name}")
+                self.stored[ours] = name
         self.others = tuple(name for name in files.names() if name not in set(self.stored.values()))
-        if len(self.stored) + len(self.others) < len(files.names()):
-            raise SafetensorsError(f"{self.directory}: holds tensors of the text model twice, under two names")
 
     def __contains__(self, name: str) -> bool:
         return name in self.stored

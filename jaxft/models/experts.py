@@ -24,7 +24,7 @@ from jaxft.models.mlp import MLP, gated
 from jaxft.quantization.nf4 import NF4
 from jaxft.quantization.qtensor import QTensor
 from jaxft.sharding.layout import Layout
-from jaxft.sharding.mesh import BATCH_AXES
+from jaxft.sharding.mesh import BATCH_AXES, batch_ways
 
 
 class Balance(NamedTuple):
@@ -112,11 +112,13 @@ class Experts(nnx.Module):
         run = partial(_run, cuts=cuts, config=self.config)
         if layout is None:
             return run(x, chosen, shares, arrays)
-        rows = P(BATCH_AXES)
+        rows, count = P(BATCH_AXES), x.shape[0]
+        missing = -count % batch_ways(layout.mesh)  # rows, to give every device as many
+        x, chosen, shares = (jnp.pad(each, ((0, missing), (0, 0), (0, 0))) for each in (x, chosen, shares))
         specs = (rows, rows, rows, cuts)
         return jax.shard_map(
             partial(run, mesh=layout.mesh), mesh=layout.mesh, in_specs=specs, out_specs=rows, check_vma=False
-        )(x, chosen, shares, arrays)
+        )(x, chosen, shares, arrays)[:count]
 
 
 class Mixture(nnx.Module):
@@ -190,13 +192,14 @@ def _run(
         arrays = arrays | {"down_proj": down._replace(bias=jnp.where(first, down.bias, jnp.zeros((), down.bias.dtype)))}
 
     order = jnp.argsort(expert, stable=True)
+    back = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
     sizes = jnp.zeros(own, jnp.int32).at[expert].add(1, mode="drop")
     expert = jnp.minimum(expert[order], own - 1)
 
     def project(name: str, rows: jax.Array) -> jax.Array:
         return arrays[name](rows, sizes, expert, cuts[name])
 
-    taken = _take(x.reshape(-1, x.shape[-1]), order, k)
+    taken = _take(x.reshape(-1, x.shape[-1]), order, back, k)
     if "gate_up_proj" in arrays:
         both = project("gate_up_proj", taken)
         gate, up = both[:, ::2], both[:, 1::2]
@@ -205,7 +208,7 @@ def _run(
     inner = gated(gate, up, config.activation, config.experts.clamp)
     if mesh is not None and inner.shape[-1] < down.weight.shape[-1]:
         inner = jax.lax.all_gather(inner, "tensor", axis=1, tiled=True)
-    y = _combine(project("down_proj", inner), shares, order, k).reshape(x.shape)
+    y = _combine(project("down_proj", inner), shares, order, back, k).reshape(x.shape)
     if "tensor" in names:
         y = jax.lax.psum(y, "tensor")
     return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True) if spread else y
@@ -216,43 +219,40 @@ def _axes(spec: P) -> set[str]:
     return {name for cut in spec if cut is not None for name in ((cut,) if isinstance(cut, str) else cut)}
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _take(x: jax.Array, order: jax.Array, k: int) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _take(x: jax.Array, order: jax.Array, back: jax.Array, k: int) -> jax.Array:
     """Each row of x [N, D] k times, in the given order: [kN, D]. The backward pass gathers, too."""
     return x[order // k]
 
 
-def _take_forward(x, order, k):
-    return _take(x, order, k), order
+def _take_forward(x, order, back, k):
+    return _take(x, order, back, k), back
 
 
-def _take_backward(k, order, dy):
-    return _put_back(dy, order, k).astype(jnp.float32).sum(axis=1).astype(dy.dtype), None
+def _take_backward(k, back, dy):
+    dy = dy[back].reshape(-1, k, dy.shape[-1])
+    return dy.astype(jnp.float32).sum(axis=1).astype(dy.dtype), None, None
 
 
 _take.defvjp(_take_forward, _take_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _combine(y: jax.Array, shares: jax.Array, order: jax.Array, k: int) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _combine(y: jax.Array, shares: jax.Array, order: jax.Array, back: jax.Array, k: int) -> jax.Array:
     """The rows y [kN, D] put back in place, times their shares [kN], and added k to one in float32: [N, D]."""
-    weighted = _put_back(y, order, k).astype(jnp.float32) * shares.reshape(-1, k, 1)
-    return weighted.sum(axis=1).astype(y.dtype)
+    weighted = y[back].astype(jnp.float32) * shares[:, None]
+    return weighted.reshape(-1, k, y.shape[-1]).sum(axis=1).astype(y.dtype)
 
 
-def _combine_forward(y, shares, order, k):
-    return _combine(y, shares, order, k), (y, shares, order)
+def _combine_forward(y, shares, order, back, k):
+    return _combine(y, shares, order, back, k), (y, shares, order, back)
 
 
 def _combine_backward(k, residuals, d_out):
-    y, shares, order = residuals
-    dy = d_out[order // k].astype(jnp.float32) * shares[order][:, None]
-    d_shares = _put_back(y, order, k).astype(jnp.float32) * d_out.astype(jnp.float32)[:, None]
-    return dy.astype(y.dtype), d_shares.sum(axis=-1).reshape(-1), None
+    y, shares, order, back = residuals
+    d_rows = d_out[order // k].astype(jnp.float32)
+    d_shares = jnp.sum(y.astype(jnp.float32) * d_rows, axis=-1)[back]
+    return (d_rows * shares[order][:, None]).astype(y.dtype), d_shares, None, None
 
 
 _combine.defvjp(_combine_forward, _combine_backward)
-
-
-def _put_back(y: jax.Array, order: jax.Array, k: int) -> jax.Array:
-    return y[jnp.argsort(order)].reshape(-1, k, y.shape[-1])

@@ -17,13 +17,12 @@ from jaxft.data.chat import Renderer, load_tokenizer
 from jaxft.data.loader import Schedule
 from jaxft.data.prepare import Prepared, prepare
 from jaxft.data.tokenized import check_vocabulary
-from jaxft.hub.load import check_tensors, config_fingerprint, describe_model, fingerprint, load_model
-from jaxft.hub.model_files import companions_of, open_files, open_weights, read_config
+from jaxft.hub.load import announce, config_fingerprint, describe_model, fingerprint, load_model, open_model
+from jaxft.hub.model_files import companions_of, open_files
 from jaxft.hub.peft import load_adapter
 from jaxft.hub.resolve import ResolvedModel, resolve_model
 from jaxft.models.config import DecoderConfig, Rope, Source
 from jaxft.models.decoder import Decoder
-from jaxft.models.hf_config import decoder_config
 from jaxft.models.linear import Adapter
 from jaxft.models.placement import check_mesh
 from jaxft.quantization.formats import parse_format
@@ -157,12 +156,10 @@ def gather(config: Config) -> Inputs:
     """
     mesh = make_mesh(config.mesh.model_dump())
     resolved = resolve_model(config.model_name_or_path, config.model_revision)
-    raw = read_config(resolved.path)
-    decoder = decoder_config(raw)
+    decoder, weights = open_model(resolved.path)
     check_mesh(decoder, mesh)
     if config.router_aux_loss_coef and decoder.experts is None:
         raise ValueError("router_aux_loss_coef balances a mixture of experts, and this model has none; leave it out")
-    check_tensors(open_weights(resolved.path, raw), decoder)
     renderer = Renderer(load_tokenizer(companions_of(resolved.path)), config.chat_template)
     data = prepare(
         config.datasets,
@@ -192,7 +189,9 @@ def gather(config: Config) -> Inputs:
             config.warmup_steps,
             total_steps,
         )
-    return Inputs(config, mesh, resolved, decoder, renderer, data, schedule, total_steps)
+    inputs = Inputs(config, mesh, resolved, decoder, renderer, data, schedule, total_steps)
+    announce(decoder, weights, inputs.quantization, inputs.storage)
+    return inputs
 
 
 def _check_lengths(data: Prepared, rope: Rope) -> None:

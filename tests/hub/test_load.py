@@ -2,9 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 
+from jaxft.hub.checkpoint import Checkpoint, write_checkpoint
 from jaxft.hub.load import eos_token_ids, load_model, read_json
 
 
@@ -50,3 +54,38 @@ def test_a_file_that_holds_no_object(tmp_path, data, reason):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"config\.json: {reason}"):
         read_json(path)
+
+
+def changed(source: Path, directory: Path, change) -> Path:
+    """A copy of a model directory with its tensors changed."""
+    shutil.copytree(source, directory)
+    (directory / "model.safetensors").unlink()
+    with Checkpoint.open(source) as files:
+        tensors = {name: np.array(files.read(name)) for name in files.names()}
+    change(tensors)
+    write_checkpoint(directory, tensors, tensors.__getitem__)
+    return directory
+
+
+TOKENS = np.arange(6, dtype=np.int32)[None]
+
+
+def test_a_head_in_the_files_decides_whether_it_is_tied(chat_model, tmp_path):
+    source = chat_model(tie_word_embeddings=True)
+    embedding = "model.embed_tokens.weight"
+    same = changed(source, tmp_path / "same", lambda t: t.update({"lm_head.weight": t[embedding]}))
+    np.testing.assert_array_equal(load_model(same)(TOKENS), load_model(source)(TOKENS))
+    assert load_model(same).lm_head is None
+    other = changed(source, tmp_path / "other", lambda t: t.update({"lm_head.weight": 2 * t[embedding]}))
+    np.testing.assert_allclose(load_model(other)(TOKENS), 2 * load_model(source)(TOKENS), rtol=1e-5)
+    wrong = changed(source, tmp_path / "wrong", lambda t: t.update({"lm_head.weight": t[embedding][:5]}))
+    with pytest.raises(ValueError, match=r"1 of another shape: lm_head.weight is \(5, 32\)"):
+        load_model(wrong)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, ml_dtypes.float8_e4m3fn])
+def test_codes_are_no_values(chat_model, tmp_path, dtype):
+    name = "model.layers.1.mlp.up_proj.weight"
+    directory = changed(chat_model(), tmp_path / "m", lambda t: t.update({name: t[name].astype(dtype)}))
+    with pytest.raises(ValueError, match=rf"1 no values but codes.*quantization_config.*: {name} \({np.dtype(dtype)}"):
+        load_model(directory)

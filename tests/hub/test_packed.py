@@ -22,7 +22,7 @@ def grid(width, out, groups, bits, seed=0):
     """Codes [in, out], zeros and scales [groups, out]."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 2**bits, (width, out))
-    zeros = rng.integers(1, 2**bits, (groups, out))
+    zeros = rng.integers(0, 2**bits, (groups, out))
     return codes, zeros, rng.uniform(0.01, 1, (groups, out)).astype(np.float16)
 
 
@@ -72,12 +72,17 @@ def test_awq(tmp_path, group_size, declared):
     check(stored(tmp_path, AWQ | {"group_size": declared}, tensors), expected)
 
 
+def less_one(words, bits):
+    """Every field of a word less one, which borrows from the next where a zero is 0."""
+    return (words.view(np.uint32) - np.uint32(sum(1 << shift for shift in range(0, 32, bits)))).view(np.int32)
+
+
 def gptq(bits, less, width=64, out=32, group_size=16, order=None):
     groups = -(-width // group_size)
     codes, zeros, scales = grid(width, out, groups, bits)
     tensors = {
         "qweight": pack_columns(codes.T, bits).T,
-        "qzeros": pack_columns(zeros - less, bits),
+        "qzeros": less_one(pack_columns(zeros, bits), bits) if less else pack_columns(zeros, bits),
         "scales": scales,
     }
     group_of = np.arange(width) // group_size

@@ -1,6 +1,7 @@
 """Adapters on experts to and from real PEFT, in both of its layouts; and those that it would drop or scale wrongly."""
 
 import copy
+import json
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import jaxft
 from jaxft.adapters.attach import Factors, attach, attach_factors, factors_of
 from jaxft.adapters.targets import LoraConfig
+from jaxft.hub.checkpoint import Checkpoint, write_checkpoint
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -133,6 +135,21 @@ def test_peft_to_jaxft(bases, name, targets, tmp_path):
             jaxft.save_adapter(model, tmp_path / "again")
 
 
+def test_dora_on_experts_is_refused_on_the_way_in(bases, tmp_path):
+    """Adapters of older versions have it; here it would be ignored."""
+    base = jaxft.load_model(bases("qwen3_moe")[1])
+    jaxft.save_adapter(randomised(base, LoraConfig(r=3, lora_alpha=7)), tmp_path / "lora")
+    with Checkpoint.open(tmp_path / "lora", stem="adapter_model") as files:
+        tensors = {name: np.array(files.read(name)) for name in files.names()}
+    for name in [name for name in tensors if name.endswith("lora_B.weight")]:
+        tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = np.ones(len(tensors[name]), np.float32)
+    write_checkpoint(tmp_path, tensors, tensors.__getitem__, stem="adapter_model")
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(ValueError, match="use_dora is True, which adapters on experts"):
+        jaxft.load_adapter(base, tmp_path)
+
+
 @pytest.mark.parametrize("case", ["both", "by-expert"])
 def test_merged_experts_in_transformers(bases, case, tmp_path):
     name, settings = OURS[case]
@@ -145,11 +162,11 @@ def test_merged_experts_in_transformers(bases, case, tmp_path):
 @pytest.mark.parametrize(
     "name, settings, message",
     [
-        ("qwen3_moe", dict(use_dora=True), "use_dora is True, which PEFT has not for experts"),
+        ("qwen3_moe", dict(use_dora=True), "use_dora is True, which adapters on experts"),
         (
             "gpt_oss",
             dict(lora_dropout=0.1, target_parameters=EXPERTS),
-            "dropout is 0.1, which PEFT has not for experts",
+            "lora_dropout is 0.1, which adapters on experts",
         ),
         ("mixtral", dict(use_rslora=True), r"lora_alpha to alpha \* sqrt\(r\)"),
         ("mixtral", dict(target_modules=["w1", "w3"]), r"gate, up and down of all experts.*experts\.0\.w2 has none"),

@@ -1,6 +1,7 @@
 """The part for text of models that can see: loaded, adapted, merged, and put back beside the rest."""
 
 import copy
+import json
 import logging
 import shutil
 
@@ -94,6 +95,36 @@ def test_names_in_memory_are_read_as_well(whole, tmp_path):
         write_checkpoint(tmp_path, renamed, renamed.__getitem__)
     shutil.copyfile(path / "config.json", tmp_path / "config.json")
     np.testing.assert_allclose(jaxft.load_model(tmp_path)(TOKENS), logits(reference), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mistral3", "internvl"])
+def test_a_head_in_the_files_is_used_whatever_the_config_leaves_out(name, tmp_path):
+    """Configs of older versions do not say that the two are untied, and today's default is that they are tied."""
+    torch.manual_seed(2)
+    config = CONFIGS[name]()
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    config._attn_implementation = "eager"
+    reference = transformers.AutoModelForImageTextToText.from_config(config).float().eval()
+    reference.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    del raw["tie_word_embeddings"], raw["text_config"]["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    model = jaxft.load_model(tmp_path)
+    np.testing.assert_allclose(model(TOKENS), logits(reference), atol=1e-4, rtol=0)
+    jaxft.save_model(model, tmp_path / "again")
+    np.testing.assert_array_equal(jaxft.load_model(tmp_path / "again")(TOKENS), model(TOKENS))
+    assert json.loads((tmp_path / "again/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_tensor_under_both_names(whole, tmp_path):
+    with Checkpoint.open(whole[1]) as files:
+        name = "language_model.model.embed_tokens.weight"
+        tensors = {each: files.read(each) for each in files.names()}
+        tensors["model.language_model.embed_tokens.weight"] = tensors[name]
+        write_checkpoint(tmp_path, tensors, tensors.__getitem__)
+    shutil.copyfile(whole[1] / "config.json", tmp_path / "config.json")
+    with pytest.raises(ValueError, match=r"holds model\.language_model\.embed_tokens\.weight twice, as"):
+        jaxft.load_model(tmp_path)
 
 
 def test_adapters_leave_the_eyes_alone(whole, tmp_path):

@@ -82,6 +82,30 @@ CONFIGS = {
     "mistral-full": transformers.MistralConfig(
         **SMALL, num_attention_heads=4, num_key_value_heads=1, head_dim=12, sliding_window=None
     ),
+    "mistral-tied": transformers.MistralConfig(
+        **SMALL,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        sliding_window=None,
+        tie_word_embeddings=True,
+        hidden_act="gelu",
+        rope_parameters=YARN,
+    ),
+    "qwen2-linear-rope": transformers.Qwen2Config(
+        **SMALL,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        rms_norm_eps=1e-3,
+        rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=50.0),
+    ),
+    "qwen3-tied-yarn": transformers.Qwen3Config(
+        **SMALL,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+        rope_parameters=YARN,
+    ),
     "qwen2": transformers.Qwen2Config(**SMALL, num_attention_heads=4, num_key_value_heads=2),
     "qwen2-mixed-windows": transformers.Qwen2Config(
         **SMALL | dict(num_hidden_layers=5),

@@ -91,6 +91,13 @@ def test_loss_and_gradients_are_those_of_one_device(directories, name, form, mes
         assert error < 2e-5, f"{name}: relative error {error:.1e}"
 
 
+def test_rows_that_do_not_divide(directories):
+    tokens = np.random.default_rng(0).integers(0, 96, (3, 12), dtype=np.int32)
+    expected = jaxft.load_model(directories["qwen3_moe"])(tokens)
+    model = jaxft.load_model(directories["qwen3_moe"], mesh=make_mesh(dict(expert=4, fsdp=2)))
+    np.testing.assert_allclose(jax.jit(lambda m, t: m(t))(model, tokens), expected, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     "model, message",
     [
