@@ -10,18 +10,17 @@ page cache by then, if it holds them. `CPU` is the processor time of the second 
 where others use the machine as well. `beside` is the peak of resident memory in the first load, less what the
 process held before and less the model: in megabytes, and in tensors of the largest size.
 
-Measured on two Zen 5 cores that others used as well (jax 0.10.2; 1577 MB, the largest tensor 134 MB):
+Measured on two Zen 5 cores (jax 0.10.2; 1577 MB, the largest tensor 134 MB; plain read from the page cache 25 GiB/s):
 
-    to          second load      CPU     beside   tensors
-    bfloat16      544 MiB/s    1.8 s     442 MB       3.3
-    float32       343 MiB/s    2.4 s     431 MB       3.2
-    int8          619 MiB/s    1.3 s     507 MB       3.8
-    int4         1498 MiB/s    1.0 s     485 MB       3.6
-    nf4          1393 MiB/s    1.2 s     447 MB       3.3
+    to          first load   second load      CPU     beside   tensors
+    bfloat16     517 MiB/s    1372 MiB/s    1.9 s     386 MB       2.9
+    float32      624 MiB/s    1273 MiB/s    1.9 s     388 MB       2.9
+    int8         709 MiB/s    3003 MiB/s    0.8 s     380 MB       2.8
+    int4         599 MiB/s    1810 MiB/s    1.2 s     456 MB       3.4
+    nf4          589 MiB/s    1402 MiB/s    1.5 s     482 MB       3.6
 
-(rates: the better of two runs). The first load takes two to three seconds more of compiling, whatever the model's
-size. Llama-3.1-8B's shapes (16.1 GB of bfloat16, largest tensor 1.05 GB) to nf4: 22 s of CPU, 6.0 GB of model, 8.1 GB
-at the peak with all libraries.
+What the first load takes more is compiling, whatever the model's size. Llama-3.1-8B's shapes (16.1 GB of bfloat16, its
+largest tensor 1.05 GB) to nf4: 22 s, a model of 6.0 GB, 7.5 GB at the peak with all libraries.
 """
 
 import argparse
