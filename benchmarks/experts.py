@@ -3,10 +3,10 @@
     python benchmarks/experts.py                      # a small layer, for a CPU; half a minute
     python benchmarks/experts.py --hidden 2048 --inner 768 --experts 128 --per-token 8 --tokens 8192   # Qwen3-30B-A3B
 
-For one projection of all experts: the product and its gradient with respect to the rows, on plain and on NF4 weights, and
-those of an adapter of rank 16 (its gradient is that of A), in milliseconds, the best of five. The ratio is to one matrix
-of the size of an expert's that all rows are multiplied with: what a perfect grouped product would cost. Experts get
-uneven shares of the rows.
+For one projection of all experts: the product and its gradient with respect to the rows, on plain and on NF4 weights,
+and those of an adapter of rank 16 (its gradient is that of A), in milliseconds, the best of five. The ratio is to one
+matrix of the size of an expert's that all rows are multiplied with: what a perfect grouped product would cost. Experts
+get uneven shares of the rows.
 
 Measured on two Zen 5 cores (jax 0.10.2), the default sizes:
 
