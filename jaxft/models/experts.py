@@ -202,7 +202,8 @@ def _run(
     taken = _take(x.reshape(-1, x.shape[-1]), order, back, k)
     if "gate_up_proj" in arrays:
         both = project("gate_up_proj", taken)
-        gate, up = both[:, ::2], both[:, 1::2]
+        # Not by slices with a step, which take the TPU compiler minutes.
+        gate, up = jnp.moveaxis(both.reshape(both.shape[0], -1, 2), -1, 0)
     else:
         gate, up = project("gate_proj", taken), project("up_proj", taken)
     inner = gated(gate, up, config.activation, config.experts.clamp)
