@@ -182,20 +182,23 @@ def _four_bit(files: Files, name: str, parts: list[str]) -> FourBit:
 
 def _parse_state(text: bytes) -> dict[str, Any]:
     state = strict_json(text)
-    natural = lambda value: type(value) is int and value > 0  # noqa: E731
     checks = {
         "quant_type": lambda value: value in _TYPES,
-        "blocksize": natural,
-        "shape": lambda value: isinstance(value, list) and len(value) > 1 and all(map(natural, value)),
+        "blocksize": _is_natural,
+        "shape": lambda value: isinstance(value, list) and len(value) > 1 and all(map(_is_natural, value)),
     }
     if {"nested_blocksize", "nested_offset"} & state.keys():
-        checks |= {"nested_blocksize": natural, "nested_offset": lambda value: isinstance(value, float)}
+        checks |= {"nested_blocksize": _is_natural, "nested_offset": lambda value: isinstance(value, float)}
     for key, fits in checks.items():
         if key not in state:
             raise SafetensorsError(f"it has no {key}")
         if not fits(state[key]):
             raise SafetensorsError(f"its {key} is {state[key]!r:.99}")
     return state
+
+
+def _is_natural(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 def _eight_bit(files: Files, name: str) -> EightBit:

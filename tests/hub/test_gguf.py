@@ -246,6 +246,7 @@ def test_damage(tmp_path, damage, message):
         (lambda w: w.add_rope_dimension_count(8), "rope.dimension_count is 8; only the whole head, 16"),
         (lambda w: w.add_tensor("blk.0.x.weight", np.ones(3, np.float32)), "1 unknown to the model: blk.0.x.weight"),
         (lambda w: w.add_uint16("split.count", 3), "one of 3 parts of a model; join them"),
+        (lambda w: w.add_expert_count(4), "GGUF files with experts are not supported; give the safetensors"),
     ],
 )
 def test_what_a_file_may_not_say(tmp_path, more, message):

@@ -166,6 +166,37 @@ def test_codes_are_not_lost_silently(quantized, caplog, encode, settings, form, 
         assert re.search(told, caplog.messages[0]), caplog.messages[0]
 
 
+def test_weights_left_in_full_precision_are_named_when_they_are_quantized(quantized, caplog):
+    """As checkpoints leave some layers out on purpose."""
+
+    def encode(name, w):
+        return {name: w} if "layers.1.mlp" in name else nf4(name, w)
+
+    directory = quantized(encode, {"quant_method": "bitsandbytes"})
+    with caplog.at_level(logging.WARNING, "jaxft"):
+        load_model(directory, quantization="nf4")
+    (message,) = caplog.messages
+    assert re.search(
+        r": 3 weights that this checkpoint keeps in full precision are quantized as NF4.*layers\.1\.mlp", message
+    )
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_biases_beside_weights_that_have_none(quantized, value):
+    """Quantizers write zeros there; anything else would be lost."""
+    module = "model.layers.1.mlp.up_proj"
+
+    def add_bias(tensors):
+        tensors[f"{module}.bias"] = np.full(128, value, np.float32)
+
+    directory = quantized(nf4, {"quant_method": "bitsandbytes"}, add_bias)
+    if value:
+        with pytest.raises(ValueError, match=rf"1 unknown to the model: {module}\.bias"):
+            load_model(directory)
+    else:
+        load_model(directory)
+
+
 def test_what_no_format_explains_is_refused(quantized):
     def add(tensors):
         tensors["model.layers.0.self_attn.q_proj.weight.more"] = np.ones(3, np.float32)
