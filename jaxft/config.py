@@ -116,6 +116,7 @@ class MeshConfig(_Section):
     data: int = Field(-1, description="Groups that each hold the whole model and their own rows; -1 = the rest.")
     fsdp: int = Field(1, description="Devices that split rows and also weights (ZeRO-3); -1 = the rest.")
     expert: int = Field(1, description="Devices that split rows and share out the experts of a layer; -1 = the rest.")
+    context: int = Field(1, description="Devices that split the tokens of each row (sequence parallelism).")
     tensor: int = Field(1, description="Devices that split every matrix product; -1 = the rest.")
 
     @model_validator(mode="before")
@@ -235,7 +236,7 @@ class Config(_Section):
     scan_layers: bool = Field(
         True, description="Compile one layer and loop; false compiles each: slower to compile, faster on a CPU."
     )
-    mesh: MeshConfig = Field(MeshConfig(), description="Devices along the axes data, fsdp, expert and tensor.")
+    mesh: MeshConfig = Field(MeshConfig(), description="Devices along the axes data, fsdp, expert, context and tensor.")
     seed: int = Field(42, ge=0, lt=2**32, description="Fixes new weights, the order of the data and dropout.")
     max_nonfinite_steps: PositiveInt = Field(5, description="Abort after so many skipped non-finite updates in a row.")
 

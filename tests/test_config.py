@@ -182,12 +182,12 @@ def test_report_to(given, names):
 @pytest.mark.parametrize(
     "given, sizes",
     [
-        ({}, (-1, 1, 1, 1)),
-        ({"fsdp": 8}, (-1, 8, 1, 1)),
-        ({"fsdp": -1}, (1, -1, 1, 1)),
-        ({"tensor": -1}, (1, 1, 1, -1)),
-        ({"data": 2, "fsdp": -1, "tensor": 4}, (2, -1, 1, 4)),
-        ({"expert": 4}, (-1, 1, 4, 1)),
+        ({}, (-1, 1, 1, 1, 1)),
+        ({"fsdp": 8}, (-1, 8, 1, 1, 1)),
+        ({"fsdp": -1}, (1, -1, 1, 1, 1)),
+        ({"tensor": -1}, (1, 1, 1, 1, -1)),
+        ({"data": 2, "fsdp": -1, "tensor": 4}, (2, -1, 1, 1, 4)),
+        ({"expert": 4}, (-1, 1, 4, 1, 1)),
     ],
 )
 def test_mesh(given, sizes):

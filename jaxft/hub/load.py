@@ -60,7 +60,7 @@ def load_model(
         quantization: int8, int4 or nf4 for the linear layers except the output head; None keeps `dtype`. A
             checkpoint that is already so quantized keeps its codes, any other is dequantized first
             (`jaxft.hub.prequantized`, `jaxft.hub.kept`).
-        mesh: devices to shard over, with axes data, fsdp, expert, tensor (`jaxft.sharding.mesh.make_mesh`).
+        mesh: devices to shard over, with axes data, fsdp, expert, context, tensor (`jaxft.sharding.mesh.make_mesh`).
         revision: branch, tag or commit of a hub id.
         remat, scan_layers: see `Decoder`.
 

@@ -1,5 +1,6 @@
 """The device mesh: `data` replicates the model, `fsdp` cuts its storage, `expert` gives each device some of the
-experts, `tensor` cuts matrix products. Rows of a batch are cut over all but the last."""
+experts, `context` cuts the tokens of a row, `tensor` cuts matrix products. Rows of a batch are cut over the first
+three."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 
 
@@ -41,8 +42,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Rows over data, fsdp and expert, everything else whole; `leading` axes (accumulation) stand before the rows."""
-    return NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES))
+    """Of arrays [B, T, ...]: rows over data, fsdp and expert, their tokens over context, everything else whole.
+    `leading` axes (accumulation) stand before the rows."""
+    return NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES, "context"))
 
 
 def batch_ways(mesh: Mesh) -> int:

@@ -9,16 +9,17 @@ from jaxft.sharding.mesh import make_mesh
 @pytest.mark.parametrize(
     "sizes, shape",
     [
-        ({"data": 8}, (8, 1, 1, 1)),
-        ({"data": -1, "fsdp": 2}, (4, 2, 1, 1)),
-        ({"fsdp": 2, "tensor": -1, "data": 2}, (2, 2, 1, 2)),
-        ({"expert": 4, "fsdp": -1}, (1, 2, 4, 1)),
-        ({"data": -1, "fsdp": 8}, (1, 8, 1, 1)),
+        ({"data": 8}, (8, 1, 1, 1, 1)),
+        ({"data": -1, "fsdp": 2}, (4, 2, 1, 1, 1)),
+        ({"fsdp": 2, "tensor": -1, "data": 2}, (2, 2, 1, 1, 2)),
+        ({"expert": 4, "fsdp": -1}, (1, 2, 4, 1, 1)),
+        ({"context": 2, "fsdp": -1}, (1, 4, 1, 2, 1)),
+        ({"data": -1, "fsdp": 8}, (1, 8, 1, 1, 1)),
     ],
 )
 def test_one_axis_takes_the_devices_that_remain(sizes, shape):
     mesh = make_mesh(sizes)
-    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "expert", "tensor"), shape, strict=True))
+    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "expert", "context", "tensor"), shape, strict=True))
     assert mesh.size == 8
 
 
@@ -28,15 +29,15 @@ def test_one_axis_takes_the_devices_that_remain(sizes, shape):
         (
             {"data": -1, "fsdp": 3},
             1,
-            r"fsdp=3 x expert=1 x tensor=1: 3 does not divide the number of devices, 1; .* to 1$",
+            r"fsdp=3 x expert=1 x context=1 x tensor=1: 3 does not divide the number of devices, 1; .* to 1$",
         ),
         ({"data": -1, "fsdp": 3}, 8, r"3 does not divide the number of devices, 8; .* to 1 or 2 or 4 or 8$"),
         ({"data": -1, "fsdp": 2, "tensor": 2}, 6, r"4 does not divide the number of devices, 6; .* 1 or 2 or 3 or 6$"),
         ({"data": -1, "fsdp": 16}, 8, "16 does not divide the number of devices, 8"),
-        ({"data": 3}, 8, "data=3 x fsdp=1 x expert=1 x tensor=1 is 3 devices, but there are 8"),
+        ({"data": 3}, 8, "data=3 x fsdp=1 x expert=1 x context=1 x tensor=1 is 3 devices, but there are 8"),
         ({"data": -1, "fsdp": -1}, 8, "-1 on at most one axis"),
         ({"data": 0}, 8, "sizes are positive"),
-        ({"model": 8}, 8, r"unknown axes \['model'\]; known: data, fsdp, expert, tensor"),
+        ({"model": 8}, 8, r"unknown axes \['model'\]; known: data, fsdp, expert, context, tensor"),
     ],
 )
 def test_sizes_that_do_not_fit(sizes, count, message):
