@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.models.linear import Adapter, Linear, matmul
+from jaxft.models.remat import named
 from jaxft.quantization.qtensor import QTensor
 from jaxft.sharding.layout import Layout
 
@@ -97,7 +98,7 @@ class LoRA(nnx.Module):
         return (base + (gain - 1).astype(base.dtype) * again) + gain.astype(base.dtype) * update
 
     def _low_rank(self, x: jax.Array, out_dtype: jnp.dtype | None) -> jax.Array:
-        z = self.scale[...].astype(x.dtype) * matmul(x, self.A[...], self.layout_A)
+        z = named(self.scale[...].astype(x.dtype) * matmul(x, self.A[...], self.layout_A), "lora")
         return matmul(z, self.B[...], self.layout_B, out_dtype)
 
     def _gain(self, linear: Linear) -> jax.Array:

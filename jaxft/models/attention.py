@@ -14,6 +14,7 @@ from jaxft.models.blockwise import Reach, Rule, attend
 from jaxft.models.config import DecoderConfig, LayerSpec
 from jaxft.models.linear import Linear
 from jaxft.models.norms import Norm
+from jaxft.models.remat import named
 from jaxft.models.rope import rotate
 
 Angles = Mapping[str, tuple[jax.Array, jax.Array]]
@@ -50,7 +51,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, T, D] -> [B, T, D], and the cache with this call's keys and values written at the queries' slots."""
         keys = [None] * 4 if key is None else jax.random.split(key, 4)
-        q, k, v = self._projections(x, keys[:3])
+        q, k, v = (named(each, "qkv") for each in self._projections(x, keys[:3]))
         if self.spec.rope is not None:
             rope = self.config.rope if self.spec.rope == "global" else self.config.local_rope
             q, k = (rotate(heads, *angles[self.spec.rope], rope.interleaved) for heads in (q, k))
@@ -61,7 +62,7 @@ class Attention(nnx.Module):
             )
             k, v = (c.astype(x.dtype) for c in cache)
         out = attend(q, k, v, reach, self.rule, sinks=None if self.sinks is None else self.sinks[...])
-        return self.o_proj(out.reshape(*x.shape[:2], -1), keys[3]), cache
+        return named(self.o_proj(out.reshape(*x.shape[:2], -1), keys[3]), "attention_out"), cache
 
     def _projections(self, x: jax.Array, keys: list[jax.Array | None]) -> list[jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H], normalised but not yet rotated."""

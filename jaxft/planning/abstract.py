@@ -12,6 +12,7 @@ from jaxft.data.loader import Batch
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder, parameters
 from jaxft.models.placement import bind, check_mesh
+from jaxft.models.remat import HOST
 from jaxft.quantization.qtensor import QTensor
 from jaxft.sharding.layout import layout_of
 from jaxft.sharding.mesh import batch_sharding, batch_ways
@@ -35,11 +36,11 @@ class AbstractStep:
         check_mesh(decoder, mesh)
         recipe = Recipe(config, decoder)
         self.config, self.mesh = config, mesh
-        self.model = _on(mesh, recipe.describe(), config)
+        self.model = _on(mesh, recipe)
         partition = Partition(self.model, recipe.trained_type)
         trained, self.frozen = partition.split(self.model)
         optimizer = make_optimizer(config, config.max_steps or 1000, partition.names)
-        self.state = _state(trained, optimizer, mesh)
+        self.state = _state(trained, optimizer, mesh, HOST if "optimizer" in config.offload else None)
         rows = config.micro_batch_size * batch_ways(mesh)
         self.tokens = rows * config.max_length  # of a micro-batch
         self.batch = _batch((config.gradient_accumulation_steps, rows, config.max_length), mesh)
@@ -62,9 +63,11 @@ def bytes_per_device(tree: PyTree) -> int:
     return int(total)
 
 
-def _on(mesh: Mesh, model: Decoder, config: Config) -> Decoder:
+def _on(mesh: Mesh, recipe: Recipe) -> Decoder:
     """The model, bound to the mesh as `load_model` and `attach` would, every leaf with its sharding."""
-    model.dtype, model.remat, model.scan_layers = jnp.dtype(config.dtype), config.remat, config.scan_layers
+    model, config = recipe.describe(), recipe.config
+    model.dtype, model.scan_layers = jnp.dtype(config.dtype), config.scan_layers
+    model.remat, model.offload = recipe.remat, "activations" in config.offload
     bind(model, mesh)
     for parameter, variable in parameters(model):
         value = variable.get_value()
@@ -86,12 +89,12 @@ def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDty
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _state(trained: Trained, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def _state(trained: Trained, optimizer: optax.GradientTransformation, mesh: Mesh, kept_in: str | None) -> TrainState:
     whole = NamedSharding(mesh, P())
     counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     moments = optax.tree.map_params(
         optimizer,
-        lambda leaf, like: _placed(leaf, like.sharding),
+        lambda leaf, like: _placed(leaf, like.sharding.with_memory_kind(kept_in)),
         jax.eval_shape(optimizer.init, trained),
         trained,
         transform_non_params=lambda leaf: _placed(leaf, whole),

@@ -14,7 +14,8 @@ def describe(plan: Plan) -> str:
     lines = [
         f"{c.model_name_or_path}: {_method(plan)}",
         f"{plan.devices} x {machine.name}, mesh {mesh_of(plan)}",
-        f"{c.micro_batch_size} x {c.max_length} tokens a device group and micro-batch, {plan.tokens:,} tokens an update; "
+        f"{c.micro_batch_size} x {c.max_length} tokens in a micro-batch of each data-parallel group, "
+        f"{plan.tokens:,} in an update",
         f"remat {remat_of(c.remat)}",
         "",
         "memory of a device        GiB",

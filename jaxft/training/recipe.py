@@ -13,6 +13,7 @@ from jaxft.hub.peft import load_adapter
 from jaxft.models.config import DecoderConfig, Source
 from jaxft.models.decoder import Decoder
 from jaxft.models.linear import Adapter
+from jaxft.models.remat import Remat
 from jaxft.quantization.formats import parse_format
 from jaxft.quantization.qtensor import Format
 
@@ -35,6 +36,10 @@ class Recipe:
             return None
         group_size = self.config.quant_group_size if kind == "int4" else None
         return parse_format(kind, double_quant=self.config.use_double_quant, group_size=group_size)
+
+    @property
+    def remat(self) -> Remat:
+        return self.config.remat if isinstance(self.config.remat, str) else tuple(self.config.remat)
 
     @property
     def storage(self) -> str:
