@@ -7,7 +7,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import chex
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: compilers for others look for no devices
+
+import chex  # noqa: E402
 
 chex.set_n_cpu_devices(8)
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from jaxft.models.decoder import Decoder, modules
 from jaxft.models.experts import ExpertLinear
 from jaxft.models.linear import Linear
+from jaxft.models.remat import SAVES
 from jaxft.planning.hlo import Collective
 from jaxft.planning.machines import Machine
 from jaxft.quantization.qtensor import QTensor
@@ -28,13 +29,25 @@ HIDDEN_AXES = {"data", "fsdp"}
 
 
 class Product(NamedTuple):
-    """A weight's product with every token: its name, its parameters that one token meets, its sizes, its storage."""
+    """A weight's product with every token, of all layers; of experts, those that a token meets.
+
+    Attributes:
+        features_in, features_out: of one of them, times how many a token meets.
+        active: parameters that a token meets.
+        stored: bytes of all of it.
+        rank: of its adapter; 0: there is none.
+    """
 
     name: str
-    active: float
-    features: int  # in + out, of those that a token meets
-    stored: float  # bytes, all layers and experts
-    rank: int  # of its adapter; 0: none
+    features_in: int
+    features_out: int
+    active: int
+    stored: int
+    rank: int
+
+    @property
+    def features(self) -> int:
+        return self.features_in + self.features_out
 
 
 class Work(NamedTuple):
@@ -126,8 +139,7 @@ def _products(model: Decoder) -> Iterable[Product]:
         met = len(layers) * (model.config.experts.per_token if isinstance(module, ExpertLinear) else 1)
         stored = weight.nbytes if isinstance(weight, QTensor) else math.prod(weight.shape) * weight.dtype.itemsize
         rank = 0 if module.adapter is None else module.adapter.spec.max_rank
-        active = met * features_out * features_in
-        yield Product(name, active, met * (features_out + features_in), stored, rank)
+        yield Product(name, met * features_in, met * features_out, met * features_out * features_in, stored, rank)
 
 
 def _recomputed(model: Decoder, products: list[Product], attention: float) -> float:
@@ -136,9 +148,15 @@ def _recomputed(model: Decoder, products: list[Product], attention: float) -> fl
         return 0
     if model.remat == "dots":
         return attention
-    # The last product of a layer is what the next layer starts from, which is kept.
-    again = [product for product in products if not product.name.endswith("down_proj")]
-    return attention + sum(2 * (product.active + product.rank * product.features) for product in again)
+    names = () if model.remat == "full" else model.remat
+    kept = {"down_proj"}.union(*(SAVES[name] for name in names))  # a layer's last product is the next one's input
+    total = 0 if "attention" in names else attention
+    for product in products:
+        if product.name.rpartition(".")[2] not in kept:
+            total += 2 * (product.active + product.rank * product.features_out)
+        if "lora" not in names:
+            total += 2 * product.rank * product.features_in
+    return total
 
 
 def _pairs(length: int, window: int | None) -> float:

@@ -108,19 +108,21 @@ class Program:
             mesh: size of each axis, in the order of the device assignment.
         """
         totals: dict[tuple, list[int]] = {}
-        seen: set[str] = set()  # TPUs run one collective in several fusions
+        seen: set[tuple] = set()
         for name, times in self.runs.items():
             for instruction in self.computations[name]:
                 kind = instruction.opcode.removesuffix("-start")
                 if kind not in KINDS:
                     continue
-                channel = re.search(r"channel_id=(\d+)", instruction.rest)
-                if channel is not None and (mark := f"{kind} {channel[1]}") in seen:
-                    continue
-                seen.add(mark if channel is not None else instruction.name)
+                arrays = _results(instruction)
+                if name in self.fused:  # TPUs run one collective in several fusions, a piece in each
+                    channel = re.search(r"channel_id=\d+", instruction.rest)
+                    mark = (kind, arrays, channel and channel[0], _operation(instruction))
+                    if mark in seen:
+                        continue
+                    seen.add(mark)
                 axes = _axes(instruction, mesh)
                 ways = math.prod(mesh[axis] for axis in axes)
-                arrays = _results(instruction)
                 entry = totals.setdefault((kind, axes, arrays[0].dtype), [0, 0])
                 entry[0] += times
                 entry[1] += int(times * sum(array.bytes for array in arrays) * _sent(kind, ways))
@@ -136,9 +138,8 @@ class Program:
             for instruction in self.computations[name]:
                 if instruction.opcode in _NO_BUFFER:
                     continue
-                operation = re.search(r'op_name="([^"]*)"', instruction.rest)
                 for array in instruction.arrays:
-                    found.setdefault(array, operation[1] if operation else instruction.name)
+                    found.setdefault(array, _operation(instruction))
         ranked = sorted(found.items(), key=lambda item: -item[0].bytes)
         return [Buffer(*item) for item in ranked[:count]]
 
@@ -168,11 +169,17 @@ def _trips(loop: Instruction, computations: Mapping[str, Sequence[Instruction]])
     return bounds[0] if len(bounds) == 1 else 1
 
 
-def _results(collective: Instruction) -> Sequence[Array]:
+def _operation(instruction: Instruction) -> str:
+    """What it was in the program before it was compiled, or else its own name."""
+    operation = re.search(r'op_name="([^"]*)"', instruction.rest)
+    return operation[1] if operation else instruction.name
+
+
+def _results(collective: Instruction) -> tuple[Array, ...]:
     """The arrays it gives; what starts an asynchronous one names its operands, too."""
     arrays = collective.arrays
     if collective.opcode.endswith("-start") and collective.opcode != "all-reduce-start":
-        arrays = [array for array in arrays if array.shape or array.dtype != "u32"]
+        arrays = tuple(array for array in arrays if array.shape or array.dtype != "u32")
         return arrays[len(arrays) // 2 :]
     return arrays
 

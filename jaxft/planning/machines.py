@@ -19,8 +19,15 @@ import jax
 import yaml
 from jax.experimental import topologies
 
-FRACTION = 0.92
-"""Of a GPU's memory, what XLA may allocate (`XLA_PYTHON_CLIENT_MEM_FRACTION`, which `jaxft.platform` sets)."""
+from jaxft.platform import GPU_MEMORY
+
+_LIBTPU = {  # it is to compile, not to look for the TPUs of this host, nor to keep other processes from them
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
 
 EXTRAS = {"tpu": ("libtpu", "tpu"), "cuda": ("jax_plugins.xla_cuda13", "cuda13")}
 """Platform -> the module that compiles for it, and the extra that installs it."""
@@ -47,7 +54,7 @@ class Machine:
     @property
     def capacity(self) -> int:
         """Bytes of a device that a program may take."""
-        return int(self.memory * FRACTION) if self.platform == "cuda" else self.memory
+        return int(self.memory * GPU_MEMORY) if self.platform == "cuda" else self.memory
 
 
 @dataclass(frozen=True)
@@ -97,9 +104,14 @@ def topology(name: str) -> Topology:
         raise PlanError(
             f"{name!r}: hosts have {machine.host} of these GPUs, so it is one host, or {machine.host}, 16, ..."
         )
-    described = topologies.get_topology_desc(
-        platform="cuda", topology_name=kind, target_config=_target(machine), topology=f"1x{hosts}x{count // hosts}"
-    )
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda", topology_name=kind, target_config=_target(machine), topology=f"1x{hosts}x{count // hosts}"
+        )
+    except NotImplementedError as error:  # JAX looked for GPUs and, without a driver, put its compiler aside
+        raise PlanError(
+            f"{name}: set JAX_PLATFORMS=cpu before JAX starts, as scripts/plan.py does ({error})"
+        ) from error
     return Topology(machine, described.devices, hosts)
 
 
@@ -122,7 +134,7 @@ def _tpu(machine: Machine, shape: Sequence[int], slices: int) -> Sequence[jax.De
     bounds = {"chips_per_host_bounds": [1] * 3} if chips == 1 else {}
     many = {"num_slices": slices} if slices > 1 else {}
     name = f"{machine.name}:{'x'.join(map(str, shape))}"
-    with _environment(TPU_SKIP_MDS_QUERY="1"):
+    with _environment(_LIBTPU):
         try:
             return topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds, **many).devices
         except Exception as error:  # libtpu raises its own
@@ -130,7 +142,7 @@ def _tpu(machine: Machine, shape: Sequence[int], slices: int) -> Sequence[jax.De
 
 
 @contextmanager
-def _environment(**variables: str):
+def _environment(variables: Mapping[str, str]):
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

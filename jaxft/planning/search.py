@@ -85,7 +85,7 @@ def ranked(config: Config, decoder: DecoderConfig, topology: Topology) -> list[C
             rows = micro * batch_ways(mesh)
             tokens = rows * config.max_length
             local = tokens / (batch_ways(mesh) * mesh.shape["context"])
-            saved = decoder.num_layers * local * decoder.hidden_size * 2
+            saved = len(decoder.layers) * local * decoder.hidden_size * 2
             if saved > room:
                 continue
             step.model.remat = remat
@@ -128,12 +128,13 @@ def _collectives(step: AbstractStep, local: float) -> Iterator[Collective]:
     weights as they are stored."""
     c, mesh = step.model.config, step.mesh.shape
     passes = 3 if step.model.remat == "full" else 2
-    activations = c.num_layers * local * c.hidden_size * 2
+    activations = len(c.layers) * local * c.hidden_size * 2
 
     def sent(kind: str, axis: str, bytes: float) -> Collective:
         return Collective(kind, (axis,), "", 0, int(bytes * (mesh[axis] - 1) / mesh[axis]))
 
-    yield sent("all-gather", "fsdp", passes * bytes_per_device(step.frozen) * mesh["fsdp"])
+    # What is computed again and its gradient share one gathering.
+    yield sent("all-gather", "fsdp", 2 * bytes_per_device(step.frozen) * mesh["fsdp"])
     yield sent("all-reduce", "data", 2 * bytes_per_device(step.state.trained))
     yield sent("all-reduce", "tensor", 2 * 2 * passes * activations)
     yield sent("all-to-all", "context", 4 * passes * activations)
