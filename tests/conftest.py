@@ -9,7 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: compilers for others look for no devices
 
-import chex  # noqa: E402
+import chex
 
 chex.set_n_cpu_devices(8)
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -29,7 +29,8 @@ class AbstractStep:
 
     Attributes:
         model: parameters are `jax.ShapeDtypeStruct`s with the shardings they would have.
-        state, frozen, batch: the arguments of the step.
+        step: the jitted function.
+        state, frozen, batch: its arguments.
     """
 
     def __init__(self, config: Config, decoder: DecoderConfig, mesh: Mesh):
@@ -46,10 +47,10 @@ class AbstractStep:
         self.batch = _batch((config.gradient_accumulation_steps, rows, config.max_length), mesh)
         adapters = [site.linear.adapter for site in sites(self.model) if site.linear.adapter is not None]
         seed = config.seed if any(adapter.spec.dropout for adapter in adapters) else None
-        self._step = make_train_step(partition, optimizer, self.state, seed, config.router_aux_loss_coef)
+        self.step = make_train_step(partition, optimizer, self.state, seed, config.router_aux_loss_coef)
 
     def compile(self) -> jax.stages.Compiled:
-        return self._step.lower(self.state, self.frozen, self.batch).compile()
+        return self.step.lower(self.state, self.frozen, self.batch).compile()
 
 
 def bytes_per_device(tree: PyTree) -> int:

@@ -91,9 +91,9 @@ def work(model: Decoder, rows: int, length: int, updates: int, full: bool) -> Wo
         full: every weight is trained, not adapters only.
     """
     c, mesh, tokens = model.config, model.activations.mesh, rows * length
-    products = list(_products(model))
-    linear = 2 * sum(product.active for product in products)
-    adapters = 2 * sum(product.rank * product.features for product in products)
+    met = list(products(model))
+    linear = 2 * sum(product.active for product in met)
+    adapters = 2 * sum(product.rank * product.features for product in met)
     pairs = sum(_pairs(length, spec.window) for spec in c.layers) / length
     attention = 4 * c.num_heads * c.head_dim * pairs
     head = 2 * c.vocab_size * c.hidden_size
@@ -102,12 +102,12 @@ def work(model: Decoder, rows: int, length: int, updates: int, full: bool) -> Wo
     gradients = linear * (2 if full else 1) + 2 * adapters + 2 * attention
     needed = forward + gradients + head * (3 if full else 2)
     again = attention / 2 + (2 * head - head if full else 0)
-    again += _recomputed(model, products, attention)
+    again += _recomputed(model, met, attention)
     passes = 3 if model.remat == "full" else 2
     return Work(
         needed * tokens * updates,
         (needed + again) * tokens * updates,
-        updates * _memory(products, mesh, tokens, passes + full),
+        updates * _memory(met, mesh, tokens, passes + full),
     )
 
 
@@ -129,7 +129,7 @@ def times(work: Work, collectives: Iterable[Collective], machine: Machine, devic
     )
 
 
-def _products(model: Decoder) -> Iterable[Product]:
+def products(model: Decoder) -> Iterable[Product]:
     """Those inside the layers, each stack of layers as one."""
     for name, layers, module in modules(model):
         if layers is None or not isinstance(module, Linear | ExpertLinear):
@@ -142,7 +142,7 @@ def _products(model: Decoder) -> Iterable[Product]:
         yield Product(name, met * features_in, met * features_out, met * features_out * features_in, stored, rank)
 
 
-def _recomputed(model: Decoder, products: list[Product], attention: float) -> float:
+def _recomputed(model: Decoder, met: list[Product], attention: float) -> float:
     """FLOPs per token that the backward pass repeats, inside the layers."""
     if model.remat == "none":
         return 0
@@ -151,7 +151,7 @@ def _recomputed(model: Decoder, products: list[Product], attention: float) -> fl
     names = () if model.remat == "full" else model.remat
     kept = {"down_proj"}.union(*(SAVES[name] for name in names))  # a layer's last product is the next one's input
     total = 0 if "attention" in names else attention
-    for product in products:
+    for product in met:
         if product.name.rpartition(".")[2] not in kept:
             total += 2 * (product.active + product.rank * product.features_out)
         if "lora" not in names:
@@ -165,7 +165,7 @@ def _pairs(length: int, window: int | None) -> float:
     return window * (window + 1) / 2 + (length - window) * window
 
 
-def _memory(products: list[Product], mesh, tokens: int, passes: int) -> float:
+def _memory(met: list[Product], mesh, tokens: int, passes: int) -> float:
     """Bytes that a device moves in one micro-batch.
 
     In every pass a weight is read as it is stored, and where it is quantized or gathered written and read once more in
@@ -174,7 +174,7 @@ def _memory(products: list[Product], mesh, tokens: int, passes: int) -> float:
     local = tokens / ways(mesh, ("data", "fsdp", "expert", "context"))
     total = 0.0
     cut = ways(mesh, ("tensor", "expert"))
-    for product in products:
+    for product in met:
         total += passes * (product.stored + 4 * product.active) / cut
         total += passes * 3 * 2 * local * product.features / ways(mesh, "tensor")
     return total

@@ -69,7 +69,7 @@ class Plan:
             "mesh": self.mesh,
             "micro_batch_size": self.config.micro_batch_size,
             "remat": self.config.remat,
-            "collectives": [each._asdict() for each in self.collectives],
+            "collectives": [each._asdict() | {"axes": list(each.axes)} for each in self.collectives],
             "model_flops": self.work.model_flops,
             "hardware_flops": self.work.hardware_flops,
             "step_seconds": self.times.step,

@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 from jaxft.config import Config
 from jaxft.models.config import DecoderConfig
+from jaxft.models.decoder import Decoder
+from jaxft.models.remat import SAVES
 from jaxft.planning.abstract import AbstractStep, bytes_per_device
-from jaxft.planning.cost import times, work
+from jaxft.planning.cost import products, times, work
 from jaxft.planning.hlo import Collective
 from jaxft.planning.machines import Topology
 from jaxft.planning.plan import Plan, make_plan, slow_axes
@@ -85,10 +87,9 @@ def ranked(config: Config, decoder: DecoderConfig, topology: Topology) -> list[C
             rows = micro * batch_ways(mesh)
             tokens = rows * config.max_length
             local = tokens / (batch_ways(mesh) * mesh.shape["context"])
-            saved = len(decoder.layers) * local * decoder.hidden_size * 2
-            if saved > room:
+            step.model.remat = remat if isinstance(remat, str) else tuple(remat)
+            if least_activations(step.model, local) > room:
                 continue
-            step.model.remat = remat
             done = work(step.model, rows, config.max_length, 1, config.adapter == "none")
             sent = list(_collectives(step, local))
             seconds = times(done, sent, topology.machine, mesh.size, slow).step
@@ -114,6 +115,33 @@ def meshes(config: Config, decoder: DecoderConfig, devices: int, host: int) -> I
                     if rest % fsdp == 0:
                         data = rest // fsdp
                         yield {"data": data, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
+
+
+def least_activations(model: Decoder, local: float) -> float:
+    """Bytes that activations take at least: what remat keeps of every layer, and a layer at work.
+
+    Args:
+        local: tokens of a device.
+    """
+    c, tensor = model.config, model.activations.mesh.shape["tensor"]
+    layers = len(c.layers)
+    sizes = dict.fromkeys(SAVES, 0.0) | {"attention": layers * c.num_heads * c.head_dim / tensor}
+    every = 0.0
+    for product in products(model):
+        for name, modules in SAVES.items():
+            cut = 1 if name == "attention_out" else tensor
+            sizes[name] += product.features_out / cut if product.name.rpartition(".")[2] in modules else 0
+        sizes["lora"] += layers * product.rank
+        every += product.features_in / tensor
+    inputs = layers * c.hidden_size
+    match model.remat:
+        case "none" | "dots":
+            kept = inputs + every + sizes["mlp"] + sizes["qkv"]
+        case "full":
+            kept = inputs
+        case names:
+            kept = inputs + sum(sizes[name] for name in names)
+    return 2 * local * (kept + 2 * (every + sizes["mlp"]) / layers)
 
 
 def _micro_batches(config: Config) -> Iterator[int]:

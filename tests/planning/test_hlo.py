@@ -83,7 +83,7 @@ HloModule step
 
 %again (p.1: u4[4,64]) -> u4[8,64] {
   %p.1 = u4[4,64]{1,0} parameter(0)
-  ROOT %again.1 = u4[8,64] all-gather(%p.1), channel_id=7, replica_groups=mesh['x'=2,'y'=4] {'x'}, metadata={op_name="w"}
+  ROOT %a.1 = u4[8,64] all-gather(%p.1), channel_id=7, replica_groups=mesh['x'=2,'y'=4] {'x'}, metadata={op_name="w"}
 }
 
 %condition (c: (s32[], u4[4,64])) -> pred[] {

@@ -1,0 +1,189 @@
+"""Plans beside what runs take, and beside what is known of models."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxft.config_file import load_config
+from jaxft.models.hf_config import decoder_config
+from jaxft.planning.abstract import AbstractStep
+from jaxft.planning.cost import Times, Work
+from jaxft.planning.machines import Topology, machines, topology
+from jaxft.planning.plan import Memory, Plan, make_plan
+from jaxft.planning.report import config_lines, describe
+from jaxft.planning.search import least_activations, meshes, ranked, search
+from jaxft.sharding.mesh import make_mesh
+
+BASE = {"model_name_or_path": "org/model", "output_dir": "o", "datasets": ["d"], "packing": True}
+GIB = 1 << 30
+
+
+def decoder_of(material, name):
+    return decoder_config(json.loads((material / "configs" / f"{name}_config.json").read_text()))
+
+
+@pytest.fixture
+def small():
+    """A Llama with heads and layers for every axis of eight devices."""
+    return decoder_config(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "vocab_size": 1024,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+        }
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model, overrides",
+    [
+        ("SmolLM2-135M-Instruct.config.json", ["dtype=float32", "remat=none", "micro_batch_size=2"]),
+        ("SmolLM2-135M-Instruct.config.json", ["load_in_4bit=true", "micro_batch_size=4"]),
+        ("SmolLM2-135M-Instruct.config.json", ["adapter=none", "remat=full", "gradient_accumulation_steps=2"]),
+        ("Qwen--Qwen3-0.6B_config.json", ["remat=[attention, mlp]"]),
+    ],
+)
+def test_a_run_takes_what_its_plan_says(material, model, overrides):
+    script = Path(__file__).with_name("run_step.py")
+    command = [sys.executable, script, material / "configs" / model, "packing=true", "max_length=512", *overrides]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["allocated"] == pytest.approx(found["planned"], rel=0.1)
+
+
+def test_the_parts_of_the_memory(small):
+    config = load_config(BASE | {"max_length": 128, "load_in_4bit": True, "lora_r": 8, "mesh": {"fsdp": 8}})
+    plan = make_plan(config, small, topology("cpu:8"))
+    memory = plan.memory
+    per_layer = 4 * 128 * 128 + 3 * 128 * 512
+    codes = 4 * per_layer / 2 + 4 * per_layer / 64 * 4
+    whole = 1024 * 128 * 2 * 2 + (2 * 4 + 1) * 128 * 2 * 8 + 7 * 4 * 4 * 8  # norms and scales are on every device
+    assert memory.base == (codes + whole) / 8
+    rows = 4 * (4 * 8 * 256 + 3 * 8 * (128 + 512))
+    assert memory.adapters < rows * 4  # the half that is cut
+    assert memory.optimizer == pytest.approx(2 * memory.adapters, abs=64)
+    assert memory.gradients == memory.adapters
+    parts = memory.base + memory.adapters + memory.optimizer + memory.gradients + memory.temporaries
+    assert parts == memory.total
+    assert plan.tokens == 8 * 128
+
+
+def test_what_is_sent(small):
+    """FSDP gathers codes, as codes, once forward and once backward; the gradients of adapters are summed."""
+    config = load_config(BASE | {"max_length": 128, "load_in_4bit": True, "lora_r": 8, "mesh": {"fsdp": 8}})
+    sent = make_plan(config, small, topology("cpu:8")).collectives
+    codes = sum(each.bytes for each in sent if each.kind == "all-gather" and each.dtype == "u8")
+    per_layer = 4 * 128 * 128 + 3 * 128 * 512
+    assert codes == 2 * 4 * per_layer * 7 / 8  # in a loop XLA's CPU backend has codes in bytes
+    assert all(each.axes in [("fsdp",), ()] for each in sent)
+
+
+def test_the_report_and_the_json_say_the_same(small):
+    config = load_config(BASE | {"max_length": 128, "mesh": {"data": 2, "tensor": 4}, "remat": ["attention"]})
+    plan = make_plan(config, small, topology("cpu:8"))
+    told, text = plan.to_json(), describe(plan)
+    assert set(told) >= {
+        "fits", "capacity_bytes", "per_device_bytes", "mesh", "micro_batch_size", "remat", "collectives",
+        "step_seconds", "tokens_per_second_per_device", "bound_by", "compile_seconds",
+    }  # fmt: skip
+    assert json.loads(json.dumps(told)) == told
+    assert told["fits"]
+    assert "fits: " in text
+    assert f"{told['per_device_bytes']['total'] / GIB:.2f}" in text
+    assert f"{told['tokens_per_second_per_device']:,.0f} tokens/s a device, bound by {told['bound_by']}" in text
+    assert "data 2 x tensor 4" in text
+    assert "all-reduce" in text
+    assert "remat all but attention" in text
+    assert config_lines(plan) == "mesh: {data: 2, tensor: 4}\nmicro_batch_size: 1\nremat: [attention]"
+
+
+def tiny_machine(memory, count=8):
+    """CPU devices that pretend to have little memory and an accelerator's rates."""
+    return Topology(replace(machines()["v5e"], memory=memory), jax.devices()[:count], 1)
+
+
+def test_what_does_not_fit_says_how_much_is_missing(small):
+    config = load_config(BASE | {"max_length": 128, "mesh": {"data": 1}})
+    plan = make_plan(config, small, tiny_machine(1 << 20, 1))
+    assert not plan.fits
+    short = (plan.memory.total - (1 << 20)) / GIB
+    assert f"does not fit, short by {short:.2f} GiB" in describe(plan)
+
+
+def test_meshes_are_those_that_the_model_can_have(small, material):
+    config = load_config(BASE | {"max_length": 128})
+    found = list(meshes(config, small, 8, host=8))
+    assert {"data": 8, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1} in found
+    assert {"data": 1, "fsdp": 2, "expert": 1, "context": 1, "tensor": 4} in found
+    assert all(mesh["context"] == mesh["expert"] == 1 for mesh in found)
+    long = config.model_copy(update={"max_length": 65536})
+    assert {mesh["context"] for mesh in meshes(long, small, 8, host=8)} == {1, 2, 4, 8}
+    mixture = decoder_of(material, "Qwen--Qwen3-30B-A3B")
+    assert {mesh["expert"] for mesh in meshes(config, mixture, 8, host=8)} == {1, 2, 4, 8}
+    assert max(mesh["tensor"] for mesh in meshes(config, mixture, 8, host=8)) == 4  # of four key-value heads
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Plans that take 1 MiB and another for every row of a micro-batch, without compiling anything."""
+
+    def make(config, decoder, topology):
+        memory = Memory(0, 0, 0, 0, 0, (1 + config.micro_batch_size) << 20)
+        seconds = Times(1 + 1 / config.micro_batch_size, 0, 0, 0)
+        mesh = config.mesh.model_dump()
+        return Plan(topology, config, mesh, memory, 0.0, None, Work(1, 1, 1), seconds, config.micro_batch_size * 1000)
+
+    monkeypatch.setattr("jaxft.planning.search.make_plan", make)
+
+
+def test_a_search_takes_the_fastest_that_fits(small, planned):
+    config = load_config(BASE | {"max_length": 128})
+    told = []
+    found = search(config, small, tiny_machine(7 << 20), compilations=50, wanted=3, say=told.append)
+    assert found.tried == told
+    fitting = [plan for plan in found.tried if plan.fits]
+    assert len(fitting) == 3
+    assert found.best.tokens_per_second_per_device == max(plan.tokens_per_second_per_device for plan in fitting)
+    for index, plan in enumerate(found.tried):
+        larger = [p for p in found.tried[:index] if not p.fits and p.mesh == plan.mesh]
+        assert all(plan.config.micro_batch_size < p.config.micro_batch_size for p in larger if _alike(p, plan))
+    assert len(search(config, small, tiny_machine(7 << 20), compilations=2).tried) == 2
+    assert search(config, small, tiny_machine((1 << 20) + 400_000), compilations=5).best is None
+
+
+def _alike(one, other):
+    return one.config.remat == other.config.remat
+
+
+def test_candidates_that_cannot_fit_are_not_compiled(small):
+    config = load_config(BASE | {"max_length": 128})
+    roomy, tight = (ranked(config, small, tiny_machine(memory)) for memory in (1 << 40, 3 << 20))
+    assert max(each.config.micro_batch_size for each in roomy) == 512
+    assert max(each.config.micro_batch_size for each in tight) < 64
+    assert ranked(config, small, tiny_machine(1 << 16)) == []
+    speeds = [round(each.tokens_per_second) for each in roomy]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", ["attention", "mlp"]])
+def test_the_least_that_activations_take_is_less_than_they_take(small, remat):
+    config = load_config(BASE | {"max_length": 512, "micro_batch_size": 8, "remat": remat})
+    step = AbstractStep(config, small, make_mesh({"data": 1}, jax.devices()[:1]))
+    taken = step.compile().memory_analysis().temp_size_in_bytes
+    assert 0.1 * taken < least_activations(step.model, 8 * 512) < taken
