@@ -23,6 +23,7 @@ from jaxft.hub.peft import load_adapter
 from jaxft.hub.resolve import ResolvedModel, resolve_model
 from jaxft.models.config import DecoderConfig, Rope, Source
 from jaxft.models.decoder import Decoder
+from jaxft.models.kernels import Backend, choice, summary
 from jaxft.models.linear import Adapter
 from jaxft.models.placement import check_mesh
 from jaxft.quantization.formats import parse_format
@@ -66,6 +67,11 @@ class Inputs:
     def storage(self) -> str:
         """dtype of stored weights: float32 where they are trained, whatever they are computed in."""
         return "float32" if self.config.adapter == "none" else self.config.dtype
+
+    @property
+    def attention(self) -> str:
+        """Which kernel computes attention, and why, in a line."""
+        return summary(self.decoder, *_attention(self.config, self.mesh))
 
     @property
     def lora(self) -> LoraConfig:
@@ -118,6 +124,7 @@ class Inputs:
             revision=c.model_revision,
             remat=c.remat,
             scan_layers=c.scan_layers,
+            attn_implementation=c.attn_implementation,
         )
         model.dtype = jax.numpy.dtype(c.dtype)
         if c.adapter == "none":
@@ -158,6 +165,8 @@ def gather(config: Config) -> Inputs:
     resolved = resolve_model(config.model_name_or_path, config.model_revision)
     decoder, weights = open_model(resolved.path)
     check_mesh(decoder, mesh)
+    choice(decoder, *_attention(config, mesh))  # complains about a kernel that cannot be had
+    _check_row(config.max_length, mesh)
     if config.router_aux_loss_coef and decoder.experts is None:
         raise ValueError("router_aux_loss_coef balances a mixture of experts, and this model has none; leave it out")
     renderer = Renderer(load_tokenizer(companions_of(resolved.path)), config.chat_template)
@@ -179,6 +188,7 @@ def gather(config: Config) -> Inputs:
         accumulation_steps=config.gradient_accumulation_steps,
         max_length=config.max_length,
         packing=config.packing,
+        parts=mesh.shape["context"],
         weights=data.weights,
         seed=config.seed,
     )
@@ -192,6 +202,20 @@ def gather(config: Config) -> Inputs:
     inputs = Inputs(config, mesh, resolved, decoder, renderer, data, schedule, total_steps)
     announce(decoder, weights, inputs.quantization, inputs.storage)
     return inputs
+
+
+def _attention(config: Config, mesh: Mesh) -> tuple[Backend, jax.numpy.dtype, bool]:
+    """What decides about the kernel, beside the model."""
+    return Backend(config.attn_implementation, mesh), jax.numpy.dtype(config.dtype), config.packing
+
+
+def _check_row(length: int, mesh: Mesh) -> None:
+    """The tokens of a row are cut evenly."""
+    parts = mesh.shape["context"]
+    if length % parts:
+        below = length // parts * parts
+        fitting = " or ".join(str(n) for n in (below, below + parts) if n)
+        raise ValueError(f"`max_length` is {length}, which mesh.context={parts} does not divide; set it to {fitting}")
 
 
 def _check_lengths(data: Prepared, rope: Rope) -> None:
