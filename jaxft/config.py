@@ -141,6 +141,8 @@ class MeshConfig(_Section):
         return self
 
 
+RematName = Literal["lora", "attention", "qkv", "attention_out", "mlp"]
+
 _OF_A_NEW_ADAPTER = (
     "lora_r",
     "lora_alpha",
@@ -230,8 +232,11 @@ class Config(_Section):
     adam_epsilon: PositiveFloat = Field(1e-8, description="Added to the root of the mean square.")
     num_train_epochs: PositiveFloat = Field(1.0, description="Passes over the training data, or a fraction.")
     max_steps: PositiveInt | None = Field(None, description="Number of updates; wins over num_train_epochs.")
-    remat: Literal["none", "full", "dots"] = Field(
-        "full", description="Recompute for the gradient: nothing, each whole layer, all but matrix products."
+    remat: Literal["none", "full", "dots"] | list[RematName] = Field(
+        "full", description="Recompute for the gradient: nothing, whole layers, all but products, or all but a list."
+    )
+    offload: list[Literal["activations", "optimizer"]] = Field(
+        [], description="Keep in the memory of the host what remat keeps of layers, or the state of the optimizer."
     )
     scan_layers: bool = Field(
         True, description="Compile one layer and loop; false compiles each: slower to compile, faster on a CPU."
@@ -338,6 +343,8 @@ class Config(_Section):
             idle = [key for key in _OF_A_NEW_ADAPTER if getattr(self, key) != type(self).model_fields[key].default]
             for key in idle:
                 yield f"`{key}` is that of the adapter in `adapter_name_or_path`; drop one of them"
+        if "activations" in self.offload and self.remat in ("none", "dots"):
+            yield f"`offload` has activations, but `remat` is {self.remat}; set it to full or to a list of names"
         if self.eval_datasets and self.val_set_size:
             yield "`eval_datasets` and `val_set_size` are both given; keep one"
         if self.warmup_ratio and self.warmup_steps:

@@ -56,6 +56,7 @@ TRANSLATIONS: dict[str, dict[str | int | bool, tuple[str, str | bool]]] = {
     "use_peft": {True: ("adapter", "lora"), False: ("adapter", "none")},
     "train_on_inputs": {True: ("assistant_only_loss", False), False: ("assistant_only_loss", True)},
     "gradient_checkpointing": {True: ("remat", "full"), False: ("remat", "none")},
+    "activation_offloading": {True: ("offload", ["activations"]), False: ("offload", [])},
 }
 # Keys that say one thing in several ways: an override of one takes back what the file says by the others.
 _SPELLINGS = [{"adapter", "use_dora"}, {"load_in_4bit", "load_in_8bit", "quant_type"}]

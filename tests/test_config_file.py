@@ -45,6 +45,8 @@ TRANSLATED = [
     ("train_on_inputs", False, {"assistant_only_loss": True}),
     ("gradient_checkpointing", True, {"remat": "full"}),
     ("gradient_checkpointing", False, {"remat": "none"}),
+    ("activation_offloading", True, {"offload": ["activations"]}),
+    ("activation_offloading", False, {"offload": []}),
 ]
 
 

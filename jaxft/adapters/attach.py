@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from jaxft.adapters.lora import LoRA, LoraSpec, row_squares
 from jaxft.adapters.targets import LoraConfig
 from jaxft.models.decoder import Decoder, modules
 from jaxft.models.experts import ExpertLinear
 from jaxft.models.linear import Linear
-from jaxft.sharding.layout import Layout
 
 
 class Site(NamedTuple):
@@ -219,18 +217,12 @@ def _spread(site: Site, values: tuple) -> jax.Array:
 
 def _install(site: Site, spec: LoraSpec, A: jax.Array, B: jax.Array, magnitude: jax.Array | None) -> None:
     """Put an adapter on the site, cut as its weight is cut."""
-    linear, layout = site.linear, site.linear.layout
-    squares = None
+    linear, squares = site.linear, None
     if spec.use_dora:
         squares = row_squares(linear.weight.get_value())
         magnitude = jnp.sqrt(squares) if magnitude is None else magnitude
-    layout_A = layout_B = None
-    if layout is not None:
-        *outer, rows, columns = layout.stored
-        layout_A, layout_B = Layout(layout.mesh, P(*outer, None, columns)), Layout(layout.mesh, P(*outer, rows, None))
-        A, B = (jax.device_put(array, cut.stacked(array.ndim)) for array, cut in ((A, layout_A), (B, layout_B)))
-        if spec.use_dora:
-            by_row = Layout(layout.mesh, P(rows)).stacked(squares.ndim)
-            magnitude, squares = jax.device_put(magnitude, by_row), jax.device_put(squares, by_row)
     scale = _spread(site, jnp.asarray(spec.scales, jnp.float32))
-    linear.adapter = LoRA(spec, scale, A, B, magnitude, squares, layout_A, layout_B)
+    linear.adapter = LoRA(spec, scale, A, B, magnitude, squares)
+    if linear.layout is not None:
+        for variable, sharding in linear.adapter.bind(linear.layout):
+            variable.set_value(jax.device_put(variable.get_value(), sharding))

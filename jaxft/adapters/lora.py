@@ -15,8 +15,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxft.models.linear import Adapter, Linear, matmul
+from jaxft.models.remat import named
 from jaxft.quantization.qtensor import QTensor
 from jaxft.sharding.layout import Layout
 
@@ -63,15 +66,25 @@ class LoRA(nnx.Module):
         B: jax.Array,
         magnitude: jax.Array | None = None,
         row_squares: jax.Array | None = None,
-        layout_A: Layout | None = None,
-        layout_B: Layout | None = None,
     ):
         self.spec = spec
         self.A, self.B = Adapter(A), Adapter(B)
         self.scale = Frozen(scale)
         self.magnitude = nnx.data(Adapter(magnitude) if spec.use_dora else None)
         self.row_squares = nnx.data(Frozen(row_squares) if spec.use_dora else None)
-        self.layout_A, self.layout_B = layout_A, layout_B
+        self.layout_A: Layout | None = None
+        self.layout_B: Layout | None = None
+
+    def bind(self, layout: Layout) -> list[tuple[nnx.Variable, NamedSharding]]:
+        """Cut the adapter as the weight it sits on: A along its columns, B along its rows. What belongs where."""
+        *outer, rows, columns = layout.stored
+        self.layout_A = Layout(layout.mesh, P(*outer, None, columns))
+        self.layout_B = Layout(layout.mesh, P(*outer, rows, None))
+        by_row, whole = Layout(layout.mesh, P(rows)), Layout(layout.mesh, P())
+        parts = [(self.A, self.layout_A), (self.B, self.layout_B), (self.scale, whole)]
+        if self.spec.use_dora:
+            parts += [(self.magnitude, by_row), (self.row_squares, by_row)]
+        return [(variable, cut.stacked(variable.get_value().ndim)) for variable, cut in parts]
 
     def __call__(self, linear: Linear, x: jax.Array, key: jax.Array | None, out_dtype: jnp.dtype | None) -> jax.Array:
         """The adapted product for x [..., in], without the bias: [..., out]."""
@@ -85,7 +98,7 @@ class LoRA(nnx.Module):
         return (base + (gain - 1).astype(base.dtype) * again) + gain.astype(base.dtype) * update
 
     def _low_rank(self, x: jax.Array, out_dtype: jnp.dtype | None) -> jax.Array:
-        z = self.scale[...].astype(x.dtype) * matmul(x, self.A[...], self.layout_A)
+        z = named(self.scale[...].astype(x.dtype) * matmul(x, self.A[...], self.layout_A), "lora")
         return matmul(z, self.B[...], self.layout_B, out_dtype)
 
     def _gain(self, linear: Linear) -> jax.Array:

@@ -75,7 +75,7 @@ def run(config: Config, console: Console) -> TrainResult:
     check_vacant(config.output_dir, again)
     inputs = gather(config)
     say(str(inputs.data.report))
-    counts = count_parameters(inputs.describe(), inputs.trained_type)
+    counts = count_parameters(inputs.describe(), inputs.recipe.trained_type)
     say(describe_parameters(counts))
     say(describe_batch(inputs))
     with open_run(config.output_dir, again, config.to_yaml(), inputs.fingerprints) as directory:
@@ -136,7 +136,7 @@ def dry_run(config: Config, console: Console) -> None:
     inputs = gather(config)
     console.print(config.to_yaml())
     console.print(str(inputs.data.report))
-    console.print(describe_parameters(count_parameters(inputs.describe(), inputs.trained_type)))
+    console.print(describe_parameters(count_parameters(inputs.describe(), inputs.recipe.trained_type)))
     console.print("\nthe first example, with what is learned between ⟦ and ⟧:\n")
     console.print(inputs.renderer.show(inputs.data.train[0][0]))
     console.print("\n" + describe_batch(inputs))
@@ -217,7 +217,7 @@ def _export(outcome: Outcome, inputs: Inputs, directory: RunDirectory) -> Path:
     target = directory.path / "model" if full else directory.adapter
     with staged(target, replace=True) as stage:  # what is there is of a run that was killed after training
         if full:
-            save_model(outcome.model, stage, inputs.storage)
+            save_model(outcome.model, stage, inputs.recipe.storage)
             carry_template(stage, template)
             stop_at_end_of_turn(stage, template)
         else:

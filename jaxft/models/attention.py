@@ -15,6 +15,7 @@ from jaxft.models.config import DecoderConfig, LayerSpec
 from jaxft.models.kernels import Backend, attend
 from jaxft.models.linear import Linear
 from jaxft.models.norms import Norm
+from jaxft.models.remat import named
 from jaxft.models.rope import rotate
 
 Angles = Mapping[str, tuple[jax.Array, jax.Array]]
@@ -66,7 +67,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, T, D] -> [B, T, D], and the cache with this call's keys and values written at the queries' slots."""
         keys = [None] * 4 if key is None else jax.random.split(key, 4)
-        q, k, v = self._projections(x, keys[:3])
+        q, k, v = (named(each, "qkv") for each in self._projections(x, keys[:3]))
         if self.spec.rope is not None:
             rope = self.config.rope if self.spec.rope == "global" else self.config.local_rope
             q, k = (rotate(heads, *setting.angles[self.spec.rope], rope.interleaved) for heads in (q, k))
@@ -78,7 +79,7 @@ class Attention(nnx.Module):
             k, v = (c.astype(x.dtype) for c in cache)
         sinks = None if self.sinks is None else self.sinks[...]
         out = attend(setting.backend, q, k, v, setting.reach, self.rule, sinks, cached=cache is not None)
-        return self.o_proj(out.reshape(*x.shape[:2], -1), keys[3]), cache
+        return named(self.o_proj(out.reshape(*x.shape[:2], -1), keys[3]), "attention_out"), cache
 
     def _projections(self, x: jax.Array, keys: list[jax.Array | None]) -> list[jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H], normalised but not yet rotated."""

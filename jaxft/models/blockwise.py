@@ -13,16 +13,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.models.linear import as_stored, precision
+from jaxft.models.remat import named
 
 BLOCK = 256
 """Queries and keys in a block, at most, on a CPU."""
-
-KEPT = "attention"
-"""Name of the output and the log-sum-exp, for policies of rematerialisation: where they are kept, the backward pass
-does not run the forward kernel again."""
 
 HIDDEN = -1e30
 """Score of a key that a query may not see. Finite, so that a block in which it sees nothing stays a number."""
@@ -115,7 +111,7 @@ def _forward(q, k, v, sinks, reach, rule):
         return None, ((out / total[..., None]).astype(q.dtype), highest + jnp.log(total))
 
     _, computed = jax.lax.scan(one_block_of_queries, None, jnp.arange(q.shape[0]))
-    out, log_total = (checkpoint_name(array, KEPT) for array in computed)
+    out, log_total = (named(array, "attention") for array in computed)
     return out, (q, k, v, sinks, reach, out, log_total)
 
 

@@ -10,17 +10,14 @@ number of query heads, which is wrong where there are fewer of them, and nothing
 Axes: B batch, T tokens, N query heads, K key-value heads, H head_dim.
 """
 
-from typing import Any
-
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
-from jaxft.models.blockwise import KEPT, Rule
+from jaxft.models.blockwise import Rule
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, rule: Rule) -> jax.Array:
     """softmax(scale q kᵀ) v for q [B, T, N, H], k and v [B, T, K, H], bfloat16 or float16: [B, T, N, H]."""
-    out = jax.nn.dot_product_attention(
+    return jax.nn.dot_product_attention(
         q,
         k,
         v,
@@ -29,12 +26,3 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, rule: Rule) -> jax.Array:
         local_window_size=None if rule.window is None else (rule.window - 1, 0),
         implementation="cudnn",
     )
-    return checkpoint_name(out, KEPT)
-
-
-def is_forward_kernel(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
-    """A policy of rematerialisation that keeps what the forward kernel gives, log-sum-exp included.
-
-    The log-sum-exp stays inside of jax's function, out of reach of names.
-    """
-    return primitive.name.startswith("dot_product_attention_fwd")

@@ -8,8 +8,7 @@ Axes: B batch, T tokens, S cache slots, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +23,10 @@ from jaxft.models.kernels import Backend, Implementation
 from jaxft.models.layer import Layer, norm
 from jaxft.models.linear import Linear, Weight, matmul
 from jaxft.models.parameter import Parameter, declared
+from jaxft.models.remat import Remat, rematerialised
 from jaxft.models.rope import rotary_angles
 from jaxft.sharding.layout import Layout
 from jaxft.sharding.mesh import row_sharding
-
-Remat = Literal["none", "full", "dots"]
-
 
 Make = Callable[[Parameter], Weight]
 """Gives the value of a declared parameter: reads it, draws it, or only describes its shape."""
@@ -98,7 +95,7 @@ class Decoder(nnx.Module):
         make: gives the value of each declared parameter.
         dtype: of activations; parameters are cast to it where they are used.
         remat: what the backward pass recomputes: `none` keeps everything, `full` keeps layer inputs only, `dots`
-            keeps the results of matmuls.
+            keeps the results of matmuls, a list keeps what goes by its names (see `jaxft.models.remat`).
         scan_layers: compile one layer and loop over the stack; else compile every layer, which takes the longer the
             deeper the model is, but saves copying what the backward pass needs in and out of the stack.
         attn_implementation: the kernel of attention, by name or `auto`; see `jaxft.models.kernels`.
@@ -119,6 +116,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
+        self.offload = False  # what is kept, in the memory of the host
         self.scan_layers = scan_layers
         self.attn_implementation = attn_implementation
         self.activations: NamedSharding | None = None
@@ -234,7 +232,7 @@ class Decoder(nnx.Module):
 
             keys = None if key is None else jax.random.split(jax.random.fold_in(key, index), group.repeats)
             cache = None if caches is None else caches[index]
-            body = _rematerialised(pattern, self.remat, self.scan_layers)
+            body = rematerialised(pattern, self.remat, self.offload, self.scan_layers)
             h, (new, routed) = jax.lax.scan(body, h, (list(stacks), cache, keys), unroll=not self.scan_layers)
             new_caches.append(new)
             balances += [balance for balance in routed if balance is not None]
@@ -256,18 +254,6 @@ def project(config: DecoderConfig, head: Linear | Embedding, h: jax.Array) -> ja
     logits = logits if config.logits_scale == 1 else logits * config.logits_scale
     cap = config.logits_softcap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-
-def _rematerialised(function: Callable, remat: Remat, scanned: bool) -> Callable:
-    checkpoint = partial(jax.checkpoint, prevent_cse=not scanned)  # a loop already keeps the two computations apart
-    match remat:
-        case "none":
-            return function
-        case "full":
-            return checkpoint(function)
-        case "dots":
-            return checkpoint(function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    raise ValueError(f"remat is {remat!r}; choose none, full or dots")
 
 
 def describe(config: DecoderConfig, make: Make | None = None) -> Decoder:

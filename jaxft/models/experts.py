@@ -21,6 +21,7 @@ from jaxft.models.config import DecoderConfig
 from jaxft.models.grouped import grouped_matmul
 from jaxft.models.linear import Linear, LinearAdapter, Weight
 from jaxft.models.mlp import MLP, gated
+from jaxft.models.remat import named
 from jaxft.quantization.nf4 import NF4
 from jaxft.quantization.qtensor import QTensor
 from jaxft.sharding.layout import Layout
@@ -62,7 +63,7 @@ class Projection(NamedTuple):
         """x [M, in], row m for its expert -> [M, out]; see `grouped_matmul`."""
         y = grouped_matmul(x, self.weight, sizes, cuts.weight)
         if self.A is not None:
-            z = self.scale[expert][:, None].astype(x.dtype) * grouped_matmul(x, self.A, sizes, cuts.A)
+            z = named(self.scale[expert][:, None].astype(x.dtype) * grouped_matmul(x, self.A, sizes, cuts.A), "lora")
             y = y + grouped_matmul(z, self.B, sizes, cuts.B)
         return y if self.bias is None else y + self.bias[expert].astype(y.dtype)
 
@@ -202,11 +203,11 @@ def _run(
 
     taken = _take(x.reshape(-1, x.shape[-1]), order, back, k)
     if "gate_up_proj" in arrays:
-        both = project("gate_up_proj", taken)
+        both = named(project("gate_up_proj", taken), "mlp")
         # Not by slices with a step, which take the TPU compiler minutes.
         gate, up = jnp.moveaxis(both.reshape(both.shape[0], -1, 2), -1, 0)
     else:
-        gate, up = project("gate_proj", taken), project("up_proj", taken)
+        gate, up = (named(project(name, taken), "mlp") for name in ("gate_proj", "up_proj"))
     inner = gated(gate, up, config.activation, config.experts.clamp)
     if mesh is not None and inner.shape[-1] < down.weight.shape[-1]:
         inner = jax.lax.all_gather(inner, "tensor", axis=1, tiled=True)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxft.models.config import Clamp
 from jaxft.models.linear import Linear
+from jaxft.models.remat import named
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -30,11 +31,12 @@ class MLP(nnx.Module):
         """x [..., D] -> [..., D]."""
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         if hasattr(self, "gate_up_proj"):
-            inner = gated(*jnp.split(self.gate_up_proj(x, keys[0]), 2, axis=-1), self.activation, None)
+            inner = gated(*jnp.split(named(self.gate_up_proj(x, keys[0]), "mlp"), 2, axis=-1), self.activation, None)
         elif hasattr(self, "gate_proj"):
-            inner = gated(self.gate_proj(x, keys[0]), self.up_proj(x, keys[1]), self.activation, None)
+            gate, up = named(self.gate_proj(x, keys[0]), "mlp"), named(self.up_proj(x, keys[1]), "mlp")
+            inner = gated(gate, up, self.activation, None)
         else:
-            inner = ACTIVATIONS[self.activation](self.up_proj(x, keys[1]))
+            inner = ACTIVATIONS[self.activation](named(self.up_proj(x, keys[1]), "mlp"))
         return self.down_proj(inner, keys[2])
 
 

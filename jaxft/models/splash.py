@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from jaxft.models.blockwise import KEPT, Rule
+from jaxft.models.blockwise import Rule
 
 BLOCKS = (512, 384, 256, 128)
 """Queries and keys in a block. With 512, scores and what belongs to them take 4 MB of the 16 that a kernel may use."""
@@ -81,7 +81,7 @@ def _kernel(
             masks.MultiHeadMask([mask] * heads),
             block_sizes=kernels.BlockSizes(*(block,) * 8),
             attn_logits_soft_cap=softcap,
-            residual_checkpoint_name=KEPT,
+            residual_checkpoint_name="attention",  # see `jaxft.models.remat`
             interpret=interpret,
         )
     return jax.tree.map(np.asarray, kernel)

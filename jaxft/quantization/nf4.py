@@ -56,8 +56,9 @@ class NF4:
 
 
 def _levels(codes: jax.Array) -> jax.Array:
-    """LEVELS[codes]. Gathers are slow on TPU; on CPU, inside a scan, the tree falls apart into many array passes."""
-    return jax.lax.platform_dependent(codes, cpu=_looked_up, default=_selected)
+    """LEVELS[codes]. Gathers are slow on TPU. Elsewhere, inside a scan, the tree of selects falls apart into passes
+    over whole arrays (CPU), or its constants become arrays of the weight's size that outlive the loop (GPU)."""
+    return jax.lax.platform_dependent(codes, tpu=_selected, default=_looked_up)
 
 
 def _looked_up(codes: jax.Array) -> jax.Array:

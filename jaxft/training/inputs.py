@@ -7,28 +7,23 @@ from functools import cached_property
 from pathlib import Path
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from jaxft.adapters.attach import attach
-from jaxft.adapters.targets import LoraConfig
 from jaxft.config import Config
 from jaxft.data.chat import Renderer, load_tokenizer
 from jaxft.data.loader import Schedule
 from jaxft.data.prepare import Prepared, prepare
 from jaxft.data.tokenized import check_vocabulary
-from jaxft.hub.load import announce, config_fingerprint, describe_model, fingerprint, load_model, open_model
+from jaxft.hub.load import announce, config_fingerprint, fingerprint, load_model, open_model
 from jaxft.hub.model_files import companions_of, open_files
 from jaxft.hub.peft import load_adapter
 from jaxft.hub.resolve import ResolvedModel, resolve_model
 from jaxft.models.config import DecoderConfig, Rope, Source
 from jaxft.models.decoder import Decoder
-from jaxft.models.kernels import Backend, choice, summary
-from jaxft.models.linear import Adapter
 from jaxft.models.placement import check_mesh
-from jaxft.quantization.formats import parse_format
-from jaxft.quantization.qtensor import Format
 from jaxft.sharding.mesh import batch_ways, make_mesh
+from jaxft.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -52,41 +47,8 @@ class Inputs:
         return self.config.micro_batch_size * batch_ways(self.mesh)
 
     @property
-    def trained_type(self) -> type[nnx.Variable]:
-        return nnx.Param if self.config.adapter == "none" else Adapter
-
-    @property
-    def quantization(self) -> Format | None:
-        kind = self.config.quantization
-        if kind is None:
-            return None
-        group_size = self.config.quant_group_size if kind == "int4" else None
-        return parse_format(kind, double_quant=self.config.use_double_quant, group_size=group_size)
-
-    @property
-    def storage(self) -> str:
-        """dtype of stored weights: float32 where they are trained, whatever they are computed in."""
-        return "float32" if self.config.adapter == "none" else self.config.dtype
-
-    @property
-    def attention(self) -> str:
-        """Which kernel computes attention, and why, in a line."""
-        return summary(self.decoder, *_attention(self.config, self.mesh))
-
-    @property
-    def lora(self) -> LoraConfig:
-        c = self.config
-        return LoraConfig(
-            r=c.lora_r,
-            lora_alpha=c.lora_alpha,
-            target_modules=c.lora_target_modules,
-            target_parameters=c.lora_target_parameters,
-            lora_dropout=c.lora_dropout,
-            use_rslora=c.use_rslora,
-            use_dora=c.use_dora,
-            rank_pattern=c.rank_pattern,
-            alpha_pattern=c.alpha_pattern,
-        )
+    def recipe(self) -> Recipe:
+        return Recipe(self.config, self.decoder)
 
     @property
     def chat_template(self) -> str | None:
@@ -118,20 +80,20 @@ class Inputs:
         c = self.config
         model = load_model(
             c.model_name_or_path,
-            self.storage,
-            self.quantization,
+            self.recipe.storage,
+            self.recipe.quantization,
             self.mesh,
             revision=c.model_revision,
-            remat=c.remat,
+            remat=self.recipe.remat,
             scan_layers=c.scan_layers,
             attn_implementation=c.attn_implementation,
         )
-        model.dtype = jax.numpy.dtype(c.dtype)
+        model.dtype, model.offload = jax.numpy.dtype(c.dtype), "activations" in c.offload
         if c.adapter == "none":
             return model
         if c.adapter_name_or_path is not None:
             return load_adapter(model, c.adapter_name_or_path)
-        return attach(model, self.lora, jax.random.key(c.seed))
+        return attach(model, self.recipe.lora, jax.random.key(c.seed))
 
     def describe(self) -> Decoder:
         """What `load` gives, without memory; of the base, no more is read than identifies it.
@@ -139,20 +101,11 @@ class Inputs:
         Raises:
             ValueError: the adapter's targets match nothing, or the adapter to go on from does not fit.
         """
-        c = self.config
-        model = describe_model(self.decoder, self.storage, self.quantization)
-        if c.adapter == "none":
-            return model
-        if c.adapter_name_or_path is None:
-            adapted = jax.eval_shape(lambda base: attach(base, self.lora, jax.random.key(0)), model)
-        else:
-            name, revision = c.model_name_or_path, self.resolved.revision
-            model.source = Source(name, str(self.resolved.path), revision, self.base_fingerprint)
-            adapted = jax.eval_shape(lambda base: load_adapter(base, c.adapter_name_or_path), model)
-        head = adapted.lm_head
-        if head is not None and head.adapter is not None and head.adapter.spec.dropout:
-            raise ValueError("lora_dropout is not applied to lm_head; set it to 0, or target other modules")
-        return adapted
+        source = None
+        if self.config.adapter_name_or_path is not None:
+            name, revision = self.config.model_name_or_path, self.resolved.revision
+            source = Source(name, str(self.resolved.path), revision, self.base_fingerprint)
+        return self.recipe.describe(source)
 
 
 def gather(config: Config) -> Inputs:
@@ -165,7 +118,7 @@ def gather(config: Config) -> Inputs:
     resolved = resolve_model(config.model_name_or_path, config.model_revision)
     decoder, weights = open_model(resolved.path)
     check_mesh(decoder, mesh)
-    choice(decoder, *_attention(config, mesh))  # complains about a kernel that cannot be had
+    Recipe(config, decoder).attention(mesh)  # complains about a kernel that cannot be had
     _check_row(config.max_length, mesh)
     if config.router_aux_loss_coef and decoder.experts is None:
         raise ValueError("router_aux_loss_coef balances a mixture of experts, and this model has none; leave it out")
@@ -200,13 +153,8 @@ def gather(config: Config) -> Inputs:
             total_steps,
         )
     inputs = Inputs(config, mesh, resolved, decoder, renderer, data, schedule, total_steps)
-    announce(decoder, weights, inputs.quantization, inputs.storage)
+    announce(decoder, weights, inputs.recipe.quantization, inputs.recipe.storage)
     return inputs
-
-
-def _attention(config: Config, mesh: Mesh) -> tuple[Backend, jax.numpy.dtype, bool]:
-    """What decides about the kernel, beside the model."""
-    return Backend(config.attn_implementation, mesh), jax.numpy.dtype(config.dtype), config.packing
 
 
 def _check_row(length: int, mesh: Mesh) -> None:

@@ -113,10 +113,11 @@ def start(inputs: Inputs, model: Decoder, checkpoints: Checkpoints, resume: bool
 
     The trained arrays of `model` are given up to the run.
     """
-    partition = Partition(model, inputs.trained_type)
+    partition = Partition(model, inputs.recipe.trained_type)
     trained, frozen = partition.split(model)
     optimizer = make_optimizer(inputs.config, inputs.total_steps, partition.names)
-    state, books = initial_state(trained, optimizer, inputs.mesh), Bookkeeping()
+    offload = "optimizer" in inputs.config.offload
+    state, books = initial_state(trained, optimizer, inputs.mesh, offload), Bookkeeping()
     if resume:
         _, state, saved = checkpoints.restore(state)
         books = Bookkeeping.of(saved)

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxft.data.loader import Batch
 from jaxft.models.decoder import Decoder, project
 from jaxft.models.experts import load_balancing_loss
+from jaxft.models.remat import HOST
 from jaxft.objectives.cross_entropy import cross_entropy, next_token_targets
 from jaxft.training.state import Partition, Trained, TrainState
 
@@ -78,6 +79,7 @@ def make_train_step(
         return loss_sum(model, partition.trained_type, batch, key, router_aux_loss_coef, packed)
 
     placed = jax.tree.map(lambda array: array.sharding, state)
+    at_hand = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), placed.optimizer)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(placed, None))
     def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -98,10 +100,11 @@ def make_train_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(total)
 
         with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-            updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trained)
+            kept = jax.device_put(state.optimizer, at_hand) if at_hand != placed.optimizer else state.optimizer
+            updates, optimizer_state = optimizer.update(gradient, kept, state.trained)
         updated = optax.apply_updates(state.trained, updates), optimizer_state
         trained, optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), updated, (state.trained, state.optimizer)
+            lambda new, old: jnp.where(finite, new, old), updated, (state.trained, kept)
         )
         new_state = TrainState(
             step=state.step + 1,
@@ -116,14 +119,26 @@ def make_train_step(
     return step
 
 
-def initial_state(trained: Trained, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
-    """The state before the first update; it takes over the trained arrays."""
+def initial_state(
+    trained: Trained, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, offload: bool = False
+) -> TrainState:
+    """The state before the first update; it takes over the trained arrays.
+
+    Args:
+        offload: between updates the optimizer's state is in the memory of the host.
+    """
     counters = [jnp.zeros((), jnp.int32) for _ in range(3)]
     state = TrainState(counters[0], trained, optimizer.init(trained), counters[1], counters[2])
-    if mesh is None:
+    if mesh is not None:
+        whole = NamedSharding(mesh, P())
+        state = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, whole), state)
+    if not offload:
         return state
-    replicated = NamedSharding(mesh, P())
-    return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, replicated), state)
+
+    def to_host(x: jax.Array) -> jax.Array:
+        return jax.device_put(x, x.sharding.with_memory_kind(HOST)) if x.ndim else x
+
+    return state._replace(optimizer=jax.tree.map(to_host, state.optimizer))
 
 
 def make_eval_step(

@@ -157,14 +157,14 @@ def test_cudnn_on_a_gpu(heads, kv_heads, head_dim, window):
 
 @pytest.mark.parametrize("kernel", [in_blocks, by_splash])
 def test_kept_under_its_name(kernel):
-    """With a policy that keeps `KEPT`, the backward pass does not run the loops of the forward kernel again."""
+    """With a policy that keeps `attention`, the backward pass does not run the loops of the forward kernel again."""
     inputs, _ = draw(64, 2, 1, 16)
 
     def loops(policy) -> int:
         function = jax.checkpoint(lambda inputs: jnp.sum(kernel(inputs, None, Rule()) ** 2), policy=policy)
         return jax.jit(jax.value_and_grad(function)).lower(inputs).as_text().count("stablehlo.while")
 
-    assert loops(jax.checkpoint_policies.save_only_these_names(blockwise.KEPT)) == loops(None) - 2
+    assert loops(jax.checkpoint_policies.save_only_these_names("attention")) == loops(None) - 2
 
 
 TPU = Case("tpu", (0, 0), jnp.dtype("bfloat16"), 32, 128, 1, packed=True, softcap=True, sinks=True)

@@ -89,7 +89,9 @@ def test_what_is_described_is_what_is_loaded(gathered, changes):
     described, loaded = inputs.describe(), inputs.load()
     shapes = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), nnx.state(each)) for each in (described, loaded)]
     chex.assert_trees_all_equal(*map(nnx.to_pure_dict, shapes))
-    assert count_parameters(described, inputs.trained_type) == count_parameters(loaded, inputs.trained_type)
+    assert count_parameters(described, inputs.recipe.trained_type) == count_parameters(
+        loaded, inputs.recipe.trained_type
+    )
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", None])
@@ -107,7 +109,9 @@ def test_a_base_that_was_quantized_before_is_described_and_loaded(gathered, mode
     (base / "config.json").write_text(json.dumps(raw))
     inputs = gathered(model_name_or_path=str(base), quant_type=kind)
     described, loaded = inputs.describe(), inputs.load()
-    assert count_parameters(described, inputs.trained_type) == count_parameters(loaded, inputs.trained_type)
+    assert count_parameters(described, inputs.recipe.trained_type) == count_parameters(
+        loaded, inputs.recipe.trained_type
+    )
     assert inputs.base_fingerprint == loaded.source.fingerprint
     if kind == "int8":
         weight = loaded.model.layers[0][0].mlp.up_proj.weight.get_value()
@@ -134,7 +138,7 @@ def test_an_adapter_to_go_on_from_is_described_and_loaded(gathered, adapter):
 @pytest.mark.core
 def test_nothing_is_read_to_describe(gathered, no_weights):
     inputs = gathered(quant_type="nf4", val_set_size=5)
-    counts = count_parameters(inputs.describe(), inputs.trained_type)
+    counts = count_parameters(inputs.describe(), inputs.recipe.trained_type)
     # Per layer: q 32x32, k and v 16x32, o 32x32, three of 48x32; two norms. Embedding, head and last norm.
     linears = 2 * (32 * 32 * 2 + 16 * 32 * 2 + 3 * 48 * 32)
     rest = 2 * 2 * 32 + 2 * 32 * 32 + 32
@@ -151,7 +155,7 @@ def test_full_training_stores_float32_and_computes_as_told(gathered):
     model = inputs.load()
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model))} == {"float32"}
     assert model.dtype == "bfloat16"
-    assert inputs.trained_type is nnx.Param
+    assert inputs.recipe.trained_type is nnx.Param
 
 
 def test_the_seed_decides_the_adapter(gathered):
@@ -354,7 +358,10 @@ def test_a_peak_that_is_never_reached(gathered, caplog, warmup_steps, warns):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"mesh": {"data": 3}}, "mesh: data=3 x fsdp=1 x expert=1 x tensor=1 is 3 devices, but there are 8"),
+        (
+            {"mesh": {"data": 3}},
+            "mesh: data=3 x fsdp=1 x expert=1 x context=1 x tensor=1 is 3 devices, but there are 8",
+        ),
         ({"max_length": 4}, "none of 50 examples is left: 50 are longer than `max_length` 4"),
         ({"chat_template": "chatmul"}, "chat template 'chatmul': no such file"),
         ({"model_revision": "main"}, r"a revision \(main\) applies to the Hub only"),

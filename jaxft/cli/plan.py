@@ -1,0 +1,60 @@
+"""`scripts/plan.py`: will a run fit that machine, how long is a step, and what limits it.
+
+The run's training step is compiled for the machine, which need not be there, on whatever this is. Of the model only
+config.json is read, of the data nothing: rows are taken to be `max_length` long.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from jaxft.cli.command import exit_code
+from jaxft.config_file import load_config
+from jaxft.hub.model_files import read_config
+from jaxft.hub.resolve import resolve_model
+from jaxft.models.hf_config import decoder_config
+from jaxft.planning.machines import topology
+from jaxft.planning.plan import Plan, make_plan
+from jaxft.planning.report import HEADING, config_lines, describe, row
+from jaxft.planning.search import search
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0: it fits, 1: it does not, 2: bad input."""
+    parser = argparse.ArgumentParser(description="Compile a run's step for a machine, and say whether it fits.")
+    parser.add_argument("--config", required=True, help="YAML file, as for scripts/train.py")
+    parser.add_argument("--topology", required=True, help="as in v5e:4x4, 2*v5e:4x4 (two slices), h100:8, cpu:1")
+    parser.add_argument("--search", action="store_true", help="find the fastest mesh, micro batch and remat that fit")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the config")
+    parsed = parser.parse_intermixed_args(arguments)
+    fits: list[bool] = []
+    code = exit_code(lambda: fits.append(_plan(parsed)))
+    return code or int(not fits[0])
+
+
+def _plan(parsed: argparse.Namespace) -> bool:
+    config = load_config(parsed.config, parsed.overrides)
+    machine = topology(parsed.topology)
+    resolved = resolve_model(config.model_name_or_path, config.model_revision, files=("config.json",))
+    decoder = decoder_config(read_config(resolved.path))
+    if not parsed.search:
+        return _show(make_plan(config, decoder, machine), parsed.json)
+    say = (lambda plan: None) if parsed.json else (lambda plan: print(row(plan), flush=True))
+    if not parsed.json:
+        print(HEADING)
+    found = search(config, decoder, machine, say=say)
+    if found.best is None:
+        if parsed.json:
+            return _show(min(found.tried, key=lambda plan: plan.memory.total), True)
+        print("nothing that was tried fits")
+        return False
+    _show(found.best, parsed.json, lead="\n")
+    if not parsed.json:
+        print(f"\n{config_lines(found.best)}")
+    return True
+
+
+def _show(plan: Plan, as_json: bool, lead: str = "") -> bool:
+    print(json.dumps(plan.to_json()) if as_json else lead + describe(plan))
+    return plan.fits

@@ -1,0 +1,97 @@
+"""What a config says of the model it trains: how the base is stored, and what is trained of it."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxft.adapters.attach import attach
+from jaxft.adapters.targets import LoraConfig
+from jaxft.config import Config
+from jaxft.hub.load import describe_model
+from jaxft.hub.peft import load_adapter
+from jaxft.models.config import DecoderConfig, Source
+from jaxft.models.decoder import Decoder
+from jaxft.models.kernels import Backend, summary
+from jaxft.models.linear import Adapter
+from jaxft.models.remat import Remat
+from jaxft.quantization.formats import parse_format
+from jaxft.quantization.qtensor import Format
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A config and the decoder it is about."""
+
+    config: Config
+    decoder: DecoderConfig
+
+    @property
+    def trained_type(self) -> type[nnx.Variable]:
+        return nnx.Param if self.config.adapter == "none" else Adapter
+
+    @property
+    def quantization(self) -> Format | None:
+        kind = self.config.quantization
+        if kind is None:
+            return None
+        group_size = self.config.quant_group_size if kind == "int4" else None
+        return parse_format(kind, double_quant=self.config.use_double_quant, group_size=group_size)
+
+    @property
+    def remat(self) -> Remat:
+        return self.config.remat if isinstance(self.config.remat, str) else tuple(self.config.remat)
+
+    @property
+    def storage(self) -> str:
+        """dtype of stored weights: float32 where they are trained, whatever they are computed in."""
+        return "float32" if self.config.adapter == "none" else self.config.dtype
+
+    @property
+    def lora(self) -> LoraConfig:
+        c = self.config
+        return LoraConfig(
+            r=c.lora_r,
+            lora_alpha=c.lora_alpha,
+            target_modules=c.lora_target_modules,
+            target_parameters=c.lora_target_parameters,
+            lora_dropout=c.lora_dropout,
+            use_rslora=c.use_rslora,
+            use_dora=c.use_dora,
+            rank_pattern=c.rank_pattern,
+            alpha_pattern=c.alpha_pattern,
+        )
+
+    def attention(self, mesh: Mesh) -> str:
+        """Which kernel computes attention, and why, in a line.
+
+        Raises:
+            ValueError: the one of the config cannot do what the model, the data or the devices ask for.
+        """
+        c = self.config
+        return summary(self.decoder, Backend(c.attn_implementation, mesh), jnp.dtype(c.dtype), c.packing)
+
+    def describe(self, source: Source | None = None) -> Decoder:
+        """The model with what is trained of it, without memory.
+
+        Args:
+            source: where the base comes from, for the adapter to go on from; it is not checked without one.
+
+        Raises:
+            ValueError: the adapter's targets match nothing, or the adapter to go on from does not fit.
+        """
+        c = self.config
+        model = describe_model(self.decoder, self.storage, self.quantization)
+        if c.adapter == "none":
+            return model
+        if c.adapter_name_or_path is None:
+            adapted = jax.eval_shape(lambda base: attach(base, self.lora, jax.random.key(0)), model)
+        else:
+            model.source = source
+            adapted = jax.eval_shape(lambda base: load_adapter(base, c.adapter_name_or_path), model)
+        head = adapted.lm_head
+        if head is not None and head.adapter is not None and head.adapter.spec.dropout:
+            raise ValueError("lora_dropout is not applied to lm_head; set it to 0, or target other modules")
+        return adapted
