@@ -58,12 +58,14 @@ class Case(NamedTuple):
     Attributes:
         platform: cpu, tpu or gpu.
         capability: compute capability of an NVIDIA GPU, (0, 0) elsewhere.
+        widest: head that cuDNN takes.
         ways: into how many parts the mesh cuts the heads.
         packed: rows may hold several segments.
     """
 
     platform: str
     capability: tuple[int, int]
+    widest: int
     dtype: jnp.dtype
     heads: int
     head_dim: int
@@ -98,10 +100,7 @@ def objection(kernel: Kernel, case: Case) -> str | None:
                 (case.softcap, "it cannot cap scores, which this model needs"),
                 (case.sinks, "it has no sinks, which this model needs"),
                 (case.head_dim % 8, f"it takes heads of a multiple of 8, not {case.head_dim}"),
-                (
-                    case.head_dim > (256 if case.capability[0] == 9 else 128),
-                    f"it takes heads of up to 128, or 256 on Hopper, not {case.head_dim}",
-                ),
+                (case.head_dim > case.widest, f"it takes heads of up to {case.widest}, not {case.head_dim}"),
                 (case.heads % case.ways, _uneven(case)),
             )
     return next((text for applies, text in reasons if applies), None)
@@ -194,7 +193,10 @@ def _case(
 ) -> Case:
     device = backend.device
     capability = _capability(device) if device.platform == "gpu" else (0, 0)
-    return Case(device.platform, capability, jnp.dtype(dtype), heads, head_dim, backend.ways, packed, softcap, sinks)
+    # jax looks for the Hopper GPU at hand, not among the devices that it compiles for.
+    widest = 256 if capability[0] == 9 and jax.default_backend() == "gpu" else 128
+    parts = backend.ways
+    return Case(device.platform, capability, widest, jnp.dtype(dtype), heads, head_dim, parts, packed, softcap, sinks)
 
 
 def _capability(device: jax.Device) -> tuple[int, int]:

@@ -167,8 +167,8 @@ def test_kept_under_its_name(kernel):
     assert loops(jax.checkpoint_policies.save_only_these_names("attention")) == loops(None) - 2
 
 
-TPU = Case("tpu", (0, 0), jnp.dtype("bfloat16"), 32, 128, 1, packed=True, softcap=True, sinks=True)
-H100 = Case("gpu", (9, 0), jnp.dtype("bfloat16"), 32, 128, 1, packed=False, softcap=False, sinks=False)
+TPU = Case("tpu", (0, 0), 128, jnp.dtype("bfloat16"), 32, 128, 1, packed=True, softcap=True, sinks=True)
+H100 = Case("gpu", (9, 0), 256, jnp.dtype("bfloat16"), 32, 128, 1, packed=False, softcap=False, sinks=False)
 FLOAT32 = jnp.dtype("float32")
 
 
@@ -180,7 +180,7 @@ FLOAT32 = jnp.dtype("float32")
         (TPU._replace(ways=5), "blockwise", "32 heads cannot be cut evenly over tensor x context = 5"),
         (H100, "cudnn", "made for"),
         (H100._replace(head_dim=256), "cudnn", "made for"),
-        (H100._replace(head_dim=256, capability=(8, 0)), "blockwise", "up to 128, or 256 on Hopper, not 256"),
+        (H100._replace(head_dim=256, widest=128), "blockwise", "heads of up to 128, not 256"),
         (H100._replace(head_dim=100), "blockwise", "a multiple of 8, not 100"),
         (H100._replace(packed=True), "blockwise", "cudnn: it cannot keep the examples of a packed row apart"),
         (H100._replace(softcap=True), "blockwise", "cap scores"),
