@@ -241,6 +241,9 @@ class Config(_Section):
     scan_layers: bool = Field(
         True, description="Compile one layer and loop; false compiles each: slower to compile, faster on a CPU."
     )
+    attn_implementation: Literal["auto", "blockwise", "splash", "cudnn"] = Field(
+        "auto", description="Kernel of attention: plain JAX, for TPUs, for NVIDIA GPUs; auto = the best that can do it."
+    )
     mesh: MeshConfig = Field(MeshConfig(), description="Devices along the axes data, fsdp, expert, context and tensor.")
     seed: int = Field(42, ge=0, lt=2**32, description="Fixes new weights, the order of the data and dropout.")
     max_nonfinite_steps: PositiveInt = Field(5, description="Abort after so many skipped non-finite updates in a row.")

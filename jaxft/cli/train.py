@@ -170,6 +170,7 @@ def describe_batch(inputs: Inputs) -> str:
     return (
         f"effective batch: {rows} rows of {length} tokens = {c.micro_batch_size} (micro_batch_size) "
         f"x {c.gradient_accumulation_steps} (accumulation) x {ways} (data x fsdp x expert); mesh: {mesh}\n"
+        f"{inputs.recipe.attention(inputs.mesh)}\n"
         f"{inputs.total_steps} updates, {inputs.schedule.epoch(inputs.total_steps):.2f} epochs"
     )
 

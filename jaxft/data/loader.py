@@ -12,6 +12,7 @@ on in the next epoch where it stopped in this one, each of its passes newly shuf
 
 import hashlib
 import json
+import math
 import sys
 import threading
 from bisect import bisect_right
@@ -24,7 +25,7 @@ import numpy as np
 from jaxft.data.packing import pack
 from jaxft.data.tokenized import Tokenized, TokenizedSet
 
-_MULTIPLE = 128  # row lengths without packing, which hardware tiles well
+_MULTIPLE = 128  # of row lengths without packing, which hardware tiles well
 
 
 class Batch(NamedTuple):
@@ -48,6 +49,7 @@ class Schedule:
         micro_batch_size: rows of one micro-batch, over all devices.
         accumulation_steps: micro-batches per step.
         max_length: tokens of a row; without packing, rows are as long as the longest example, rounded up.
+        parts: into how many the tokens of a row are cut; it divides `max_length`.
         packing: several examples per row.
         weights: of the sources, relative; None = every example once per epoch.
         seed: fixes the order.
@@ -61,6 +63,7 @@ class Schedule:
         accumulation_steps: int = 1,
         max_length: int,
         packing: bool,
+        parts: int = 1,
         weights: Sequence[float] | None = None,
         seed: int,
     ):
@@ -71,7 +74,7 @@ class Schedule:
         self._lengths = np.concatenate([source.lengths for source in sources])
         self._shape = (accumulation_steps, micro_batch_size)
         self._packing, self._seed = packing, seed
-        self.row_length = max_length if packing else _row_length(sources, max_length)
+        self.row_length = max_length if packing else _row_length(sources, max_length, parts)
         self._shares = _shares(sources, weights)
         self._regular = weights is None or not packing  # every epoch has as many rows as the first
         self._order = [packing, accumulation_steps, self.row_length, self._shares, seed]
@@ -167,19 +170,23 @@ def stream(schedule: Schedule) -> grain.DatasetIterator:
     return iter(grain.MapDataset.source(schedule).to_iter_dataset(options))
 
 
-def eval_batches(examples: TokenizedSet, *, batch_size: int, max_length: int) -> Iterator[Batch]:
-    """Every example once, in order, one to a row: [1, batch_size, T]. Empty rows fill the last batch."""
-    length = _row_length([examples], max_length)
+def eval_batches(examples: TokenizedSet, *, batch_size: int, max_length: int, parts: int = 1) -> Iterator[Batch]:
+    """Every example once, in order, one to a row: [1, batch_size, T]. Empty rows fill the last batch.
+
+    `max_length` and `parts` are those of `Schedule`.
+    """
+    length = _row_length([examples], max_length, parts)
     for first in range(0, len(examples), batch_size):
         rows = [[examples[index]] for index in range(first, min(first + batch_size, len(examples)))]
         yield _fill(rows, (1, batch_size), length)
 
 
-def _row_length(sources: Sequence[TokenizedSet], max_length: int) -> int:
+def _row_length(sources: Sequence[TokenizedSet], max_length: int, parts: int) -> int:
     longest = max(int(source.lengths.max()) for source in sources)
     if longest > max_length:
         raise ValueError(f"an example has {longest} tokens; rows hold {max_length}")
-    return min(-(-longest // _MULTIPLE) * _MULTIPLE, max_length)
+    multiple = math.lcm(_MULTIPLE, parts)
+    return min(-(-longest // multiple) * multiple, max_length)
 
 
 def _shares(sources: Sequence[TokenizedSet], weights: Sequence[float] | None) -> list[int]:

@@ -32,17 +32,18 @@ def score(model: Decoder, examples: TokenizedSet, *, batch_size: int, max_length
     Args:
         model: on `mesh`, with or without adapter.
         batch_size: examples per device at a time. Decides memory and speed, not the result.
-        max_length: tokens of the longest example, at most.
+        max_length: tokens of the longest example, at most; the mesh's `context` divides it.
 
     Raises:
         ValueError: the loss is not finite.
     """
     partition = Partition(model, Adapter)
-    step, (trained, frozen) = make_eval_step(partition), partition.split(model)
+    step, (trained, frozen) = make_eval_step(partition, packed=False), partition.split(model)
     total, count = 0.0, 0.0
-    for batch in eval_batches(examples, batch_size=batch_size * batch_ways(mesh), max_length=max_length):
-        rows = jax.device_put(Batch(*(field[0] for field in batch)), batch_sharding(mesh))
-        batch_total, batch_count = step(trained, frozen, rows)
+    rows, parts = batch_size * batch_ways(mesh), mesh.shape["context"]
+    for batch in eval_batches(examples, batch_size=rows, max_length=max_length, parts=parts):
+        placed = jax.device_put(Batch(*(field[0] for field in batch)), batch_sharding(mesh))
+        batch_total, batch_count = step(trained, frozen, placed)
         total, count = total + float(batch_total), count + float(batch_count)
     if not math.isfinite(total):
         raise ValueError(f"the loss is {total}; look for NaN or inf in the weights of the model and of its adapter")

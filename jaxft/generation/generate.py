@@ -21,8 +21,9 @@ from jax.sharding import PartitionSpec as P
 from jaxft.generation.sampling import Sampling, choose, row_keys
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Cache, Decoder
+from jaxft.models.ulysses import HEADS
 from jaxft.sharding.layout import ways
-from jaxft.sharding.mesh import BATCH_AXES, batch_sharding, batch_ways
+from jaxft.sharding.mesh import BATCH_AXES, batch_ways, row_sharding
 
 BUCKET = 64
 
@@ -145,7 +146,7 @@ def _pad(prompts: Sequence[np.ndarray], limits: Sequence[int], mesh: Mesh | None
         tokens[row, -len(prompt) :] = prompt
         segments[row, -len(prompt) :] = 1
     rows = _Rows(tokens, segments, np.array(lengths, np.int32), np.array(limits, np.int32))
-    return rows if mesh is None else jax.device_put(rows, batch_sharding(mesh))
+    return rows if mesh is None else jax.device_put(rows, row_sharding(mesh))
 
 
 @partial(jax.jit, static_argnames="slots")
@@ -200,13 +201,14 @@ def _complete(
 
 
 def _sharded(model: Decoder, cache: Cache) -> Cache:
-    """The cache with its rows, and its heads where they divide, cut over the model's mesh."""
+    """The cache with its rows, and its heads as far as they divide, cut over the model's mesh."""
     if model.activations is None:
         return cache
     mesh = model.activations.mesh
-    heads = "tensor" if model.config.num_kv_heads % ways(mesh, "tensor") == 0 else None
+    cuts = (HEADS, "tensor", None)
+    heads = next(cut for cut in cuts if model.config.num_kv_heads % ways(mesh, cut) == 0)
     by_head = NamedSharding(mesh, P(None, BATCH_AXES, None, heads))
     return cache._replace(
         layers=jax.lax.with_sharding_constraint(cache.layers, by_head),
-        segments=jax.lax.with_sharding_constraint(cache.segments, batch_sharding(mesh)),
+        segments=jax.lax.with_sharding_constraint(cache.segments, row_sharding(mesh)),
     )

@@ -20,9 +20,11 @@ from jaxft.hub.resolve import resolve_model
 from jaxft.hub.stack import Storage
 from jaxft.hub.stream import load_weights
 from jaxft.models.config import DecoderConfig, Source
-from jaxft.models.decoder import Decoder, Parameter, Remat, describe, parameters
+from jaxft.models.decoder import Decoder, Remat, describe, parameters
 from jaxft.models.hf_config import decoder_config
+from jaxft.models.kernels import Implementation
 from jaxft.models.linear import Weight
+from jaxft.models.parameter import Parameter
 from jaxft.models.placement import bind, check_mesh
 from jaxft.quantization.formats import parse_format
 from jaxft.quantization.qtensor import Format, quantize
@@ -51,6 +53,7 @@ def load_model(
     revision: str | None = None,
     remat: Remat = "none",
     scan_layers: bool = True,
+    attn_implementation: Implementation = "auto",
 ) -> Decoder:
     """A Hugging Face model, ready to run: `model(tokens[B, T] int32) -> logits[B, T, V] float32`.
 
@@ -62,7 +65,7 @@ def load_model(
             (`jaxft.hub.prequantized`, `jaxft.hub.kept`).
         mesh: devices to shard over, with axes data, fsdp, expert, context, tensor (`jaxft.sharding.mesh.make_mesh`).
         revision: branch, tag or commit of a hub id.
-        remat, scan_layers: see `Decoder`.
+        remat, scan_layers, attn_implementation: see `Decoder`.
 
     Raises:
         ValueError: another dtype; or the directory, its config or its tensors are not what they should be.
@@ -81,7 +84,8 @@ def load_model(
         parameter: Storage.of(parameter, storage, form if is_quantized(parameter) else None, mesh)
         for parameter, _ in parameters(describe(config))
     }
-    model = Decoder(config, load_weights(checkpoint, storages).__getitem__, storage, remat, scan_layers)
+    make = load_weights(checkpoint, storages).__getitem__
+    model = Decoder(config, make, storage, remat, scan_layers, attn_implementation)
     model.source = Source(str(path), str(resolved.path), resolved.revision, fingerprint(open_files(resolved.path)))
     if mesh is not None:
         bind(model, mesh)

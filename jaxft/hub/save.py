@@ -13,8 +13,9 @@ from jaxft.hub.checkpoint import Checkpoint, refuse_weights, staged_in, write_ch
 from jaxft.hub.model_files import companions_of, read_config
 from jaxft.hub.safetensors import TensorInfo
 from jaxft.hub.text_part import TextPart
-from jaxft.models.decoder import Decoder, Parameter, parameters
+from jaxft.models.decoder import Decoder, parameters
 from jaxft.models.hf_config import decoder_config
+from jaxft.models.parameter import Parameter
 from jaxft.quantization.qtensor import QTensor
 
 COMPANIONS = (

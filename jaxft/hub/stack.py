@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxft.models.decoder import Parameter
 from jaxft.models.linear import Weight
+from jaxft.models.parameter import Parameter
 from jaxft.quantization.qtensor import Format, QTensor, quantize
 from jaxft.sharding.layout import layout_of
 

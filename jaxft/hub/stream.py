@@ -21,8 +21,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from jaxft.hub.kept import kept
 from jaxft.hub.prequantized import Weights
 from jaxft.hub.stack import Storage, add_tensor, finish
-from jaxft.models.decoder import Parameter
 from jaxft.models.linear import Weight
+from jaxft.models.parameter import Parameter
 from jaxft.quantization.qtensor import QTensor
 
 READERS = 2  # threads

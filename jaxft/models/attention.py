@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxft.models.blockwise import Reach, Rule, attend
+from jaxft.models.blockwise import Reach, Rule
 from jaxft.models.config import DecoderConfig, LayerSpec
+from jaxft.models.kernels import Backend, attend
 from jaxft.models.linear import Linear
 from jaxft.models.norms import Norm
 from jaxft.models.remat import named
@@ -26,6 +27,22 @@ class LayerCache(NamedTuple):
 
     keys: jax.Array
     values: jax.Array
+
+
+class Setting(NamedTuple):
+    """What all layers know of the tokens they see, and how attention is computed.
+
+    Attributes:
+        angles: of the tokens' positions.
+        reach: which keys a token sees.
+        segments: [B, T] int32; 0 is padding. Also where `reach` has none, because causality says all that they would.
+        backend: see `jaxft.models.kernels`.
+    """
+
+    angles: Angles
+    reach: Reach
+    segments: jax.Array | None
+    backend: Backend
 
 
 class Attention(nnx.Module):
@@ -44,8 +61,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        angles: Angles,
-        reach: Reach,
+        setting: Setting,
         cache: LayerCache | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
@@ -54,14 +70,15 @@ class Attention(nnx.Module):
         q, k, v = (named(each, "qkv") for each in self._projections(x, keys[:3]))
         if self.spec.rope is not None:
             rope = self.config.rope if self.spec.rope == "global" else self.config.local_rope
-            q, k = (rotate(heads, *angles[self.spec.rope], rope.interleaved) for heads in (q, k))
+            q, k = (rotate(heads, *setting.angles[self.spec.rope], rope.interleaved) for heads in (q, k))
         if cache is not None:
-            start = (0, reach.offset, 0, 0)
+            start = (0, setting.reach.offset, 0, 0)
             cache = LayerCache(
                 *(jax.lax.dynamic_update_slice(c, n.astype(c.dtype), start) for c, n in zip(cache, (k, v), strict=True))
             )
             k, v = (c.astype(x.dtype) for c in cache)
-        out = attend(q, k, v, reach, self.rule, sinks=None if self.sinks is None else self.sinks[...])
+        sinks = None if self.sinks is None else self.sinks[...]
+        out = attend(setting.backend, q, k, v, setting.reach, self.rule, sinks, cached=cache is not None)
         return named(self.o_proj(out.reshape(*x.shape[:2], -1), keys[3]), "attention_out"), cache
 
     def _projections(self, x: jax.Array, keys: list[jax.Array | None]) -> list[jax.Array]:

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.models.linear import as_stored, precision
+from jaxft.models.remat import named
 
 BLOCK = 256
-"""Queries and keys in a block, at most."""
+"""Queries and keys in a block, at most, on a CPU."""
 
 HIDDEN = -1e30
 """Score of a key that a query may not see. Finite, so that a block in which it sees nothing stays a number."""
@@ -109,7 +110,8 @@ def _forward(q, k, v, sinks, reach, rule):
         highest, total, out = jax.lax.fori_loop(*_seen_from(reach, rule.window, q, k, i), fold, start)
         return None, ((out / total[..., None]).astype(q.dtype), highest + jnp.log(total))
 
-    _, (out, log_total) = jax.lax.scan(one_block_of_queries, None, jnp.arange(q.shape[0]))
+    _, computed = jax.lax.scan(one_block_of_queries, None, jnp.arange(q.shape[0]))
+    out, log_total = (named(array, "attention") for array in computed)
     return out, (q, k, v, sinks, reach, out, log_total)
 
 

@@ -8,7 +8,6 @@ Axes: B batch, T tokens, S cache slots, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -16,67 +15,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxft.models.attention import LayerCache
+from jaxft.models.attention import LayerCache, Setting
 from jaxft.models.blockwise import Reach
 from jaxft.models.config import DecoderConfig, LayerSpec, Source
 from jaxft.models.experts import Balance
+from jaxft.models.kernels import Backend, Implementation
 from jaxft.models.layer import Layer, norm
 from jaxft.models.linear import Linear, Weight, matmul
+from jaxft.models.parameter import Parameter, declared
 from jaxft.models.remat import Remat, rematerialised
 from jaxft.models.rope import rotary_angles
 from jaxft.sharding.layout import Layout
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One array of the model as it is declared.
-
-    Attributes:
-        name: in this tree, without layer numbers.
-        shape: without the layer axis; of experts: [experts, ...].
-        layers: those it stacks; None: it is not stacked.
-        experts: how many the checkpoint keeps in a tensor each; None: one tensor has all there is of a layer.
-        names: of the Hugging Face tensors it consists of, in stacking order: by layer, then by expert.
-        transposed: they are [..., in, out] there.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    layers: range | None
-    experts: int | None
-    names: tuple[str, ...]
-    transposed: bool
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """The leading axes along which the tensors of the checkpoint are stacked; () for a single tensor."""
-        return (() if self.layers is None else (len(self.layers),)) + ((self.experts,) if self.experts else ())
-
-    @property
-    def tensor_shape(self) -> tuple[int, ...]:
-        """Of one of the stacked tensors."""
-        return self.shape[1:] if self.experts else self.shape
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Of one tensor in the checkpoint."""
-        shape = self.tensor_shape
-        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
-
-    @property
-    def stacked_shape(self) -> tuple[int, ...]:
-        return (*self.stack, *self.tensor_shape)
-
+from jaxft.sharding.mesh import row_sharding
 
 Make = Callable[[Parameter], Weight]
 """Gives the value of a declared parameter: reads it, draws it, or only describes its shape."""
-
-
-def _declared(config: DecoderConfig, name: str, shape: tuple[int, ...], layers: range | None = None) -> Parameter:
-    mixture = config.experts if ".experts." in name else None
-    experts = mixture.count if mixture and not mixture.fused else None
-    transposed = name.endswith("_proj.weight") and (mixture.transposed if mixture else config.transposed)
-    return Parameter(name, shape, layers, experts, config.names(name, layers, experts), transposed)
 
 
 class Cache(NamedTuple):
@@ -110,16 +63,16 @@ class Body(nnx.Module):
 
     def __init__(self, config: DecoderConfig, make: Make):
         self.embed_tokens = Embedding(
-            make(_declared(config, "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)))
+            make(declared(config, "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)))
         )
         self.embed_positions = nnx.data(None)
         if config.learned_positions is not None:
             shape = (config.learned_positions, config.hidden_size)
-            self.embed_positions = nnx.data(Embedding(make(_declared(config, "model.embed_positions.weight", shape))))
+            self.embed_positions = nnx.data(Embedding(make(declared(config, "model.embed_positions.weight", shape))))
 
         def layer(spec: LayerSpec, layers: range) -> Layer:
             def inside(name: str, *shape: int) -> Weight:
-                return make(_declared(config, f"model.layers.{name}", shape, layers))
+                return make(declared(config, f"model.layers.{name}", shape, layers))
 
             return Layer(config, spec, inside)
 
@@ -129,7 +82,7 @@ class Body(nnx.Module):
         )
 
         def outside(name: str, *shape: int) -> Weight:
-            return make(_declared(config, f"model.{name}", shape))
+            return make(declared(config, f"model.{name}", shape))
 
         self.norm = norm(config, outside, "norm", config.hidden_size)
 
@@ -145,6 +98,7 @@ class Decoder(nnx.Module):
             keeps the results of matmuls, a list keeps what goes by its names (see `jaxft.models.remat`).
         scan_layers: compile one layer and loop over the stack; else compile every layer, which takes the longer the
             deeper the model is, but saves copying what the backward pass needs in and out of the stack.
+        attn_implementation: the kernel of attention, by name or `auto`; see `jaxft.models.kernels`.
     """
 
     def __init__(
@@ -154,15 +108,17 @@ class Decoder(nnx.Module):
         dtype: jnp.dtype,
         remat: Remat = "none",
         scan_layers: bool = True,
+        attn_implementation: Implementation = "auto",
     ):
         self.model = Body(config, make)
-        head = _declared(config, "lm_head.weight", (config.vocab_size, config.hidden_size))
+        head = declared(config, "lm_head.weight", (config.vocab_size, config.hidden_size))
         self.lm_head = nnx.data(None if config.tie_word_embeddings else Linear(make(head)))
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
         self.offload = False  # what is kept, in the memory of the host
         self.scan_layers = scan_layers
+        self.attn_implementation = attn_implementation
         self.activations: NamedSharding | None = None
         self.source: Source | None = None
 
@@ -199,9 +155,16 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
         key: jax.Array | None = None,
+        packed: bool = True,
     ) -> tuple[jax.Array, list[Balance]]:
-        """What `hidden` gives, and how the routers shared out the tokens, for each stack of layers that has them."""
-        h, _, balances = self._run(tokens, positions, Reach(jnp.int32(0), segments, segments), None, key)
+        """What `hidden` gives, and how the routers shared out the tokens, for each stack of layers that has them.
+
+        Without `packed`, the caller vouches that a row holds one segment, from its first slot on, and then padding.
+        Then causality hides the padding from it and attention needs no segments, which some kernels do not have.
+        What stands where there is padding has no meaning.
+        """
+        seen = segments if packed else None
+        h, _, balances = self._run(tokens, positions, segments, Reach(jnp.int32(0), seen, seen), None, key)
         return h, balances
 
     def extend(
@@ -209,7 +172,9 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """Write the next tokens [B, T] into the cache; their final hidden states [B, T, D] and the new cache."""
         written = jax.lax.dynamic_update_slice(cache.segments, segments, (jnp.int32(0), cache.length))
-        h, layers, _ = self._run(tokens, positions, Reach(cache.length, segments, written), cache.layers, None)
+        h, layers, _ = self._run(
+            tokens, positions, segments, Reach(cache.length, segments, written), cache.layers, None
+        )
         return h, Cache(layers, written, cache.length + tokens.shape[1])
 
     def empty_cache(self, batch: int, length: int) -> Cache:
@@ -232,13 +197,19 @@ class Decoder(nnx.Module):
         """Logits [..., V] float32 of hidden states [..., D]."""
         return project(self.config, self.head, h)
 
-    def _run(self, tokens, positions, reach, caches, key):
+    @property
+    def backend(self) -> Backend:
+        """How attention is computed, and where."""
+        return Backend(self.attn_implementation, None if self.activations is None else self.activations.mesh)
+
+    def _run(self, tokens, positions, segments, reach, caches, key):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         c = self.config
         used = {spec.rope for spec in c.layers}
         ropes = {"global": c.rope, "local": c.local_rope}
         angles = {name: rotary_angles(rope, positions) for name, rope in ropes.items() if name in used}
+        setting = Setting(angles, reach, segments, self.backend)
         h = self.model.embed_tokens(tokens, self.dtype)
         h = h * jnp.asarray(c.embedding_scale, self.dtype)
         if c.learned_positions is not None:
@@ -253,7 +224,7 @@ class Decoder(nnx.Module):
                 for position, layer in enumerate(layers):
                     drop = None if layer_key is None else jax.random.fold_in(layer_key, position)
                     layer_cache = None if layer_caches is None else layer_caches[position]
-                    h, layer_cache, balance = layer(h, angles, reach, layer_cache, drop)
+                    h, layer_cache, balance = layer(h, setting, layer_cache, drop)
                     h = self._constrained(h)
                     new.append(layer_cache)
                     routed.append(balance)
@@ -268,7 +239,12 @@ class Decoder(nnx.Module):
         return self.model.norm(h), new_caches, balances
 
     def _constrained(self, h: jax.Array) -> jax.Array:
-        return h if self.activations is None else jax.lax.with_sharding_constraint(h, self.activations)
+        """h [B, T, D] as it lies between layers: tokens cut over `context`, unless they are few, as in generation."""
+        if self.activations is None:
+            return h
+        mesh = self.activations.mesh
+        cut = self.activations if h.shape[1] % mesh.shape["context"] == 0 else row_sharding(mesh)
+        return jax.lax.with_sharding_constraint(h, cut)
 
 
 def project(config: DecoderConfig, head: Linear | Embedding, h: jax.Array) -> jax.Array:
@@ -315,7 +291,7 @@ def parameters(model: Decoder) -> Iterator[tuple[Parameter, nnx.Param]]:
         if isinstance(node, nnx.Param):
             name, layers = _locate(model, path)
             shape = node.get_value().shape
-            yield _declared(model.config, name, shape if layers is None else shape[1:], layers), node
+            yield declared(model.config, name, shape if layers is None else shape[1:], layers), node
 
 
 def _locate(model: Decoder, path: tuple) -> tuple[str, range | None]:

@@ -113,7 +113,8 @@ class Experts(nnx.Module):
         run = partial(_run, cuts=cuts, config=self.config)
         if layout is None:
             return run(x, chosen, shares, arrays)
-        rows, count = P(BATCH_AXES), x.shape[0]
+        count, length = x.shape[:2]
+        rows = P(BATCH_AXES, "context" if length % layout.mesh.shape["context"] == 0 else None)
         missing = -count % batch_ways(layout.mesh)  # rows, to give every device as many
         x, chosen, shares = (jnp.pad(each, ((0, missing), (0, 0), (0, 0))) for each in (x, chosen, shares))
         specs = (rows, rows, rows, cuts)

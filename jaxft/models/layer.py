@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxft.models.attention import Angles, Attention, LayerCache
-from jaxft.models.blockwise import Reach
+from jaxft.models.attention import Attention, LayerCache, Setting
 from jaxft.models.config import DecoderConfig, LayerSpec
 from jaxft.models.experts import Balance, ExpertLinear, Experts, Mixture, Router
 from jaxft.models.linear import Linear, Weight
@@ -66,8 +65,7 @@ class Layer(nnx.Module):
     def __call__(
         self,
         h: jax.Array,
-        angles: Angles,
-        reach: Reach,
+        setting: Setting,
         cache: LayerCache | None,
         key: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache | None, Balance | None]:
@@ -80,11 +78,11 @@ class Layer(nnx.Module):
 
         def feed(x: jax.Array) -> tuple[jax.Array, Balance | None]:
             if isinstance(self.mlp, Mixture):
-                return self.mlp(x, reach.query_segments, mlp_key)
+                return self.mlp(x, setting.segments, mlp_key)
             return self.mlp(x, mlp_key), None
 
         start = normed(norms.attention_in, h)
-        mixed, cache = self.self_attn(start, angles, reach, cache, attention_key)
+        mixed, cache = self.self_attn(start, setting, cache, attention_key)
         mixed = normed(norms.attention_out, mixed)
         if self.config.parallel:
             fed, balance = feed(start if norms.mlp_in is None else normed(norms.mlp_in, h))

@@ -55,17 +55,22 @@ def _backward(layout, out_dtype, residuals, dy):
     dx = contract(dy, _ready(weight, x.dtype, layout), (dy.ndim - 1,), (0,)).astype(x.dtype)
     if isinstance(weight, QTensor):
         return dx, None
-    return dx, _outer(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])).astype(weight.dtype)
+    return dx, _outer(dy, x).astype(weight.dtype)
 
 
 matmul.defvjp(_forward, _backward)
 
 
 def _outer(dy: jax.Array, x: jax.Array) -> jax.Array:
-    """dyᵀ x for dy [rows, out] and x [rows, in]: [out, in]. Transposes the narrower of the two, often a rank wide."""
-    if dy.shape[1] <= x.shape[1]:
-        return contract(as_stored(dy.T), x, (1,), (0,))
-    return as_stored(contract(as_stored(x.T), dy, (1,), (0,))).T
+    """The sum over rows of dyᵀ x for dy [..., out] and x [..., in]: [out, in].
+
+    Transposes the narrower of the two, often a rank wide. The axes of rows are not made one: the mesh cuts each of
+    them, and one made of both could not be cut so.
+    """
+    rows = tuple(range(x.ndim - 1))
+    narrow, wide = (dy, x) if dy.shape[-1] <= x.shape[-1] else (x, dy)
+    product = contract(as_stored(jnp.moveaxis(narrow, -1, 0)), wide, tuple(row + 1 for row in rows), rows)
+    return product if narrow is dy else as_stored(product).T
 
 
 def as_stored(x: jax.Array) -> jax.Array:

@@ -23,8 +23,16 @@ def bind(model: Decoder, mesh: Mesh) -> None:
 
 
 def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
-    """Raise ValueError where the mesh shares out experts that the model has not, or not so many."""
+    """Raise ValueError where the mesh shares out experts or heads that the model has not, or not so many."""
     ways, count = mesh.shape["expert"], config.experts.count if config.experts else 0
     if ways > 1 and (count == 0 or count % ways):
         there_are = f"of {count} experts in a layer" if count else "but this model has none; use data or fsdp"
         raise ValueError(f"mesh: expert={ways} shares out experts evenly, {there_are}")
+    context, tensor, heads = mesh.shape["context"], mesh.shape["tensor"], config.num_heads
+    if context > 1 and heads % (context * tensor):
+        fitting = [str(size) for size in range(1, heads + 1) if heads % (size * tensor) == 0]
+        choose = f"context may be {' or '.join(fitting)}" if fitting else f"choose a tensor that divides {heads}"
+        raise ValueError(
+            f"mesh: context={context} x tensor={tensor} shares out the heads of attention evenly, "
+            f"but this model has {heads}; with tensor={tensor}, {choose}"
+        )

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
 
 Name = Literal["lora", "attention", "qkv", "attention_out", "mlp"]
 Remat = Literal["none", "full", "dots"] | tuple[Name, ...]
@@ -63,6 +64,8 @@ def rematerialised(layer: Callable, remat: Remat, offload: bool, scanned: bool) 
     if not offload:
         dots = policies.dots_with_no_batch_dims_saveable
         policy = dots if remat == "dots" else policies.save_only_these_names(*names)
+        if "attention" in names:
+            policy = policies.save_from_both_policies(policy, _of_cudnn)
         return checkpoint(layer, policy=policy)
 
     def from_host(h, *rest):
@@ -75,3 +78,8 @@ def rematerialised(layer: Callable, remat: Remat, offload: bool, scanned: bool) 
         offload_dst=HOST,
     )
     return checkpoint(from_host, policy=moved)
+
+
+def _of_cudnn(primitive: Primitive, *_: object, **__: object) -> bool:
+    """Whether it is cuDNN's attention, whose log-sum-exp stays inside of jax's function, out of reach of names."""
+    return primitive.name.startswith("dot_product_attention_fwd")

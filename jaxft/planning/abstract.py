@@ -47,7 +47,7 @@ class AbstractStep:
         self.batch = _batch((config.gradient_accumulation_steps, rows, config.max_length), mesh)
         adapters = [site.linear.adapter for site in sites(self.model) if site.linear.adapter is not None]
         seed = config.seed if any(adapter.spec.dropout for adapter in adapters) else None
-        self.step = make_train_step(partition, optimizer, self.state, seed, config.router_aux_loss_coef)
+        self.step = make_train_step(partition, optimizer, self.state, seed, config.router_aux_loss_coef, config.packing)
 
     def compile(self) -> jax.stages.Compiled:
         return self.step.lower(self.state, self.frozen, self.batch).compile()
@@ -69,6 +69,7 @@ def _on(mesh: Mesh, recipe: Recipe) -> Decoder:
     model, config = recipe.describe(), recipe.config
     model.dtype, model.scan_layers = jnp.dtype(config.dtype), config.scan_layers
     model.remat, model.offload = recipe.remat, "activations" in config.offload
+    model.attn_implementation = config.attn_implementation
     bind(model, mesh)
     for parameter, variable in parameters(model):
         value = variable.get_value()

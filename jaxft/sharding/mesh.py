@@ -47,6 +47,11 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES, "context"))
 
 
+def row_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Of arrays [B, ...]: rows as in `batch_sharding`, each of them whole."""
+    return NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES))
+
+
 def batch_ways(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are cut."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -86,6 +86,7 @@ class Inputs:
             revision=c.model_revision,
             remat=self.recipe.remat,
             scan_layers=c.scan_layers,
+            attn_implementation=c.attn_implementation,
         )
         model.dtype, model.offload = jax.numpy.dtype(c.dtype), "activations" in c.offload
         if c.adapter == "none":
@@ -117,6 +118,8 @@ def gather(config: Config) -> Inputs:
     resolved = resolve_model(config.model_name_or_path, config.model_revision)
     decoder, weights = open_model(resolved.path)
     check_mesh(decoder, mesh)
+    Recipe(config, decoder).attention(mesh)  # complains about a kernel that cannot be had
+    _check_row(config.max_length, mesh)
     if config.router_aux_loss_coef and decoder.experts is None:
         raise ValueError("router_aux_loss_coef balances a mixture of experts, and this model has none; leave it out")
     renderer = Renderer(load_tokenizer(companions_of(resolved.path)), config.chat_template)
@@ -138,6 +141,7 @@ def gather(config: Config) -> Inputs:
         accumulation_steps=config.gradient_accumulation_steps,
         max_length=config.max_length,
         packing=config.packing,
+        parts=mesh.shape["context"],
         weights=data.weights,
         seed=config.seed,
     )
@@ -151,6 +155,15 @@ def gather(config: Config) -> Inputs:
     inputs = Inputs(config, mesh, resolved, decoder, renderer, data, schedule, total_steps)
     announce(decoder, weights, inputs.recipe.quantization, inputs.recipe.storage)
     return inputs
+
+
+def _check_row(length: int, mesh: Mesh) -> None:
+    """The tokens of a row are cut evenly."""
+    parts = mesh.shape["context"]
+    if length % parts:
+        below = length // parts * parts
+        fitting = " or ".join(str(n) for n in (below, below + parts) if n)
+        raise ValueError(f"`max_length` is {length}, which mesh.context={parts} does not divide; set it to {fitting}")
 
 
 def _check_lengths(data: Prepared, rope: Rope) -> None:

@@ -137,8 +137,10 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
     partition, frozen, state, books = begin.partition, begin.frozen, begin.state, begin.books
     step = begin.step
     dropout_seed = config.seed if begin.dropout else None
-    train_step = make_train_step(partition, begin.optimizer, state, dropout_seed, config.router_aux_loss_coef)
-    eval_step = make_eval_step(partition)
+    train_step = make_train_step(
+        partition, begin.optimizer, state, dropout_seed, config.router_aux_loss_coef, config.packing
+    )
+    eval_step = make_eval_step(partition, packed=False)
     learning_rate = learning_rate_schedule(config, inputs.total_steps)
     place = jax.tree_util.Partial(jax.device_put, device=batch_sharding(inputs.mesh, leading=1))
     batches = stream(inputs.schedule)
@@ -223,7 +225,13 @@ def mean_loss(
     """Cross-entropy per supervised token over the whole held-out set."""
     total, count = 0.0, 0.0
     sharding = batch_sharding(inputs.mesh)
-    for batch in eval_batches(inputs.data.eval, batch_size=inputs.rows, max_length=inputs.config.max_length):
+    held_out = eval_batches(
+        inputs.data.eval,
+        batch_size=inputs.rows,
+        max_length=inputs.config.max_length,
+        parts=inputs.mesh.shape["context"],
+    )
+    for batch in held_out:
         rows = Batch(*(field[0] for field in batch))
         batch_total, batch_count = eval_step(trained, frozen, jax.device_put(rows, sharding))
         total, count = total + float(batch_total), count + float(batch_count)

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxft.adapters.attach import attach
 from jaxft.adapters.targets import LoraConfig
@@ -12,6 +14,7 @@ from jaxft.hub.load import describe_model
 from jaxft.hub.peft import load_adapter
 from jaxft.models.config import DecoderConfig, Source
 from jaxft.models.decoder import Decoder
+from jaxft.models.kernels import Backend, summary
 from jaxft.models.linear import Adapter
 from jaxft.models.remat import Remat
 from jaxft.quantization.formats import parse_format
@@ -60,6 +63,15 @@ class Recipe:
             rank_pattern=c.rank_pattern,
             alpha_pattern=c.alpha_pattern,
         )
+
+    def attention(self, mesh: Mesh) -> str:
+        """Which kernel computes attention, and why, in a line.
+
+        Raises:
+            ValueError: the one of the config cannot do what the model, the data or the devices ask for.
+        """
+        c = self.config
+        return summary(self.decoder, Backend(c.attn_implementation, mesh), jnp.dtype(c.dtype), c.packing)
 
     def describe(self, source: Source | None = None) -> Decoder:
         """The model with what is trained of it, without memory.

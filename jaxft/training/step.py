@@ -38,12 +38,14 @@ def loss_sum(
     batch: Batch,
     key: jax.Array | None,
     router_aux_loss_coef: float = 0.0,
+    packed: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss of a batch [B, T] and the number of tokens it was summed over.
 
     The loss of a token is its cross-entropy and, times the coefficient, the load-balancing loss of the batch.
+    `packed` is that of `Decoder.hidden_and_balance`.
     """
-    hidden, balances = model.hidden_and_balance(batch.tokens, batch.positions, batch.segment_ids, key)
+    hidden, balances = model.hidden_and_balance(batch.tokens, batch.positions, batch.segment_ids, key, packed)
     targets, weights = next_token_targets(batch.tokens, batch.loss_mask, batch.segment_ids)
     graph, trained, frozen = nnx.split(model.head, trained_type, ...)
 
@@ -63,16 +65,18 @@ def make_train_step(
     state: TrainState,
     dropout_seed: int | None = None,
     router_aux_loss_coef: float = 0.0,
+    packed: bool = True,
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]:
     """The jitted update; it takes over the buffers of the state given, and returns one placed like `state`.
 
     The gradient is that of the mean over all supervised tokens of all micro-batches and devices. An update
     whose loss or gradient is not finite leaves parameters and optimizer as they were and is counted.
+    `packed`: rows may hold several examples (`Decoder.hidden_and_balance`).
     """
 
     def loss(trained: Trained, frozen: nnx.State, batch: Batch, key: jax.Array):
         model = partition.join(trained, frozen)
-        return loss_sum(model, partition.trained_type, batch, key, router_aux_loss_coef)
+        return loss_sum(model, partition.trained_type, batch, key, router_aux_loss_coef, packed)
 
     placed = jax.tree.map(lambda array: array.sharding, state)
     at_hand = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), placed.optimizer)
@@ -138,12 +142,12 @@ def initial_state(
 
 
 def make_eval_step(
-    partition: Partition,
+    partition: Partition, packed: bool = True
 ) -> Callable[[Trained, nnx.State, Batch], tuple[jax.Array, jax.Array]]:
-    """Jitted (loss sum, count) of a batch [B, T]."""
+    """Jitted (loss sum, count) of a batch [B, T]; `packed` as in `make_train_step`."""
 
     @jax.jit
     def step(trained: Trained, frozen: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return loss_sum(partition.join(trained, frozen), partition.trained_type, batch, None)
+        return loss_sum(partition.join(trained, frozen), partition.trained_type, batch, None, packed=packed)
 
     return step

@@ -109,7 +109,8 @@ def test_a_dry_run_prints_the_plan_reads_no_weights_and_writes_nothing(place, no
     assert f"\n{asked}⟦ a new bird <|im_end|>⟧\n" in rest
     assert (
         "effective batch: 6 rows of 48 tokens = 2 (micro_batch_size) x 3 (accumulation) x 1 (data x fsdp x expert); "
-        "mesh: data 1 x fsdp 1 x expert 1 x tensor 1\n7 updates, 7.00 epochs\n"
+        "mesh: data 1 x fsdp 1 x expert 1 x context 1 x tensor 1\n"
+        "attention: blockwise (2 layers), there is no kernel for a cpu\n7 updates, 7.00 epochs\n"
     ) in rest
 
 
@@ -141,7 +142,7 @@ def test_what_a_dry_run_prints_is_printed_as_it_is(place, no_weights, capsys, wr
             ["adapter_name_or_path=./gone", "lora_r=16", "lora_target_modules=all-linear"],
             "gone/adapter_config.json: no such file",
         ),
-        (["mesh.data=2"], "mesh: data=2 x fsdp=1 x expert=1 x tensor=1 is 2 devices, but there are 1"),
+        (["mesh.data=2"], "mesh: data=2 x fsdp=1 x expert=1 x context=1 x tensor=1 is 2 devices, but there are 1"),
     ],
 )
 def test_bad_input_ends_with_2_and_leaves_nothing_behind(place, capsys, overrides, message, dry):

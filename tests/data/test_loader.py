@@ -192,6 +192,16 @@ def test_eval_batches_keep_order_and_drop_nothing():
     assert sum(int(batch.loss_mask.sum()) for batch in batches) == int(examples.loss_mask.sum())
 
 
+@pytest.mark.parametrize(
+    ("max_length", "parts", "length"), [(1000, 2, 128), (1000, 5, 640), (50, 5, 50), (384, 96, 384)]
+)
+def test_rows_can_be_cut_into_parts(max_length, parts, length):
+    """Rows of the longest example, 50 tokens, rounded up to 128 and to what can be cut."""
+    assert schedule(max_length=max_length, packing=False, parts=parts).row_length == length
+    (batch,) = eval_batches(source(4), batch_size=4, max_length=max_length, parts=parts)
+    assert batch.tokens.shape == (1, 4, length)
+
+
 def test_what_cannot_be_scheduled():
     with pytest.raises(ValueError, match="2 sources need as many weights above 0"):
         schedule([source(3), source(3)], weights=[1.0])

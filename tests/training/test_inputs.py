@@ -362,6 +362,18 @@ def test_a_peak_that_is_never_reached(gathered, caplog, warmup_steps, warns):
             {"mesh": {"data": 3}},
             "mesh: data=3 x fsdp=1 x expert=1 x context=1 x tensor=1 is 3 devices, but there are 8",
         ),
+        (
+            {"max_length": 61, "mesh": {"context": 4}},
+            "`max_length` is 61, which mesh.context=4 does not divide; set it to 60 or 64",
+        ),
+        (
+            {"mesh": {"context": 8}},
+            "mesh: context=8 x tensor=1 shares out the heads .* this model has 4; .* may be 1 or 2 or 4",
+        ),
+        (
+            {"attn_implementation": "splash"},
+            "attn_implementation is splash: it is for TPUs, and this is a cpu; or choose",
+        ),
         ({"max_length": 4}, "none of 50 examples is left: 50 are longer than `max_length` 4"),
         ({"chat_template": "chatmul"}, "chat template 'chatmul': no such file"),
         ({"model_revision": "main"}, r"a revision \(main\) applies to the Hub only"),

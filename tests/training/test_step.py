@@ -235,6 +235,17 @@ def test_packed_examples_lose_token_by_token_what_they_lose_alone(model):
     assert int(count) == len(wanted) == sum(supervised for _, supervised in EXAMPLES)
 
 
+def test_one_example_to_a_row_needs_no_segments(model):
+    """Padding on the right is out of sight; several examples to a row are another matter."""
+    single, several = without_axis(alone(examples(3))), without_axis(packed([examples(3)[:3]]))
+    for rows, same in ((single, True), (several, False)):
+        losses = [
+            float(make_eval_step(model.partition, packed=packed)(model.trained, model.frozen, rows)[0])
+            for packed in (True, False)
+        ]
+        assert (losses[0] == pytest.approx(losses[1], rel=1e-5)) == same
+
+
 # Updates that are not finite
 
 
