@@ -62,8 +62,8 @@ def cross_entropy(
         weights: [B, T] float32; 0 for tokens that are not supervised.
     """
     if head.mesh is not None:  # every device gets as many tokens
-        missing = -targets.shape[0] % batch_ways(head.mesh), -targets.shape[1] % head.mesh.shape["context"]
-        padding = [(0, size) for size in missing]
+        ways = batch_ways(head.mesh), head.mesh.shape["context"]
+        padding = [(0, -size % count) for size, count in zip(targets.shape, ways, strict=True)]
         hidden = jnp.pad(hidden, [*padding, (0, 0)])
         targets, weights = jnp.pad(targets, padding), jnp.pad(weights, padding)
     return _summed(head, trained, frozen, hidden, targets, weights)
@@ -76,19 +76,17 @@ def _summed(head, trained, frozen, hidden, targets, weights):
 
 def _summed_forward(head, trained, frozen, hidden, targets, weights):
     arrays = trained, frozen, hidden, targets, weights
-    if not trained:
-        return _on_devices(_loss_and_gradient, head, (P(), _BY_TOKEN), *arrays)
-    total, statistics = _on_devices(_loss, head, (P(), _BY_TOKEN), *arrays)
-    return total, (*arrays, *statistics)
+    function = _loss if trained else _loss_and_gradient
+    total, kept = _on_devices(function, head, (P(), _BY_TOKEN), *arrays)
+    return total, (*arrays, *kept) if trained else kept
 
 
 def _summed_backward(head, residuals, scale):
     if not head.trained:
         return (), None, (residuals.astype(scale.dtype) * scale).astype(residuals.dtype), None, None
     trained, frozen, hidden, targets, weights, log_sum, gap = residuals
-    out = _specs(head.trained), _BY_TOKEN
     arrays = trained, frozen, hidden, targets, weights * scale, log_sum, gap
-    d_trained, d_hidden = _on_devices(_gradients, head, out, *arrays)
+    d_trained, d_hidden = _on_devices(_gradients, head, (_specs(head.trained), _BY_TOKEN), *arrays)
     return d_trained, None, d_hidden, None, None
 
 
@@ -109,7 +107,7 @@ def _specs(cuts: tuple[P | None, ...]) -> tuple[P, ...]:
 
 
 class Seen(NamedTuple):
-    """Of each token, what is known after some chunks of the vocabulary; the first four leave its target out."""
+    """Of each token, what is known after some chunks of the vocabulary; the first three leave its target out."""
 
     highest: jax.Array  # [k, C] logit
     total: jax.Array  # [k, C] of exp(logit - highest)
@@ -137,8 +135,8 @@ def _loss_and_gradient(head, trained, frozen, hidden, targets, weights):
 
     def gradient(chunk):
         h, seen, gap, weight = chunk
-        towards = jax.vmap(jax.grad(target_logit, 1))(seen.target_rows, h.astype(jnp.float32))
         away = seen.pulled / seen.total[:, None]
+        towards = jax.vmap(jax.grad(target_logit, 1))(seen.target_rows, h.astype(jnp.float32))
         share = (weight * jax.nn.sigmoid(gap))[:, None]
         # Where the weight is 0 there may be no such target, and no gradient towards it.
         return jnp.where(weight[:, None] == 0, 0.0, share * (away - towards)).astype(h.dtype)
@@ -168,8 +166,7 @@ def _visit(head: Head, trained: Arrays, frozen: Arrays, h: jax.Array, targets: j
             highest = jnp.maximum(seen.highest, others.max(axis=1))
             weights, shrink = jnp.exp(others - highest[:, None]), jnp.exp(seen.highest - highest)
             total = seen.total * shrink + weights.sum(axis=1)
-            index = jnp.maximum(at, 0)
-            found = jnp.take_along_axis(logits, index[:, None], axis=1)[:, 0]
+            found = jnp.take_along_axis(logits, jnp.maximum(at, 0)[:, None], axis=1)[:, 0]
             new = seen._replace(highest=highest, total=total, target=jnp.where(at < 0, seen.target, found))
             if not wants_gradient:
                 return None, new
@@ -178,13 +175,13 @@ def _visit(head: Head, trained: Arrays, frozen: Arrays, h: jax.Array, targets: j
 
         return jax.lax.scan(one_chunk_of_tokens, None, (h, targets, seen))[1], None
 
-    zeros = jnp.zeros(targets.shape)
-    start = Seen(jnp.full(targets.shape, LOWEST), zeros, None, zeros, ())
+    nothing = jnp.zeros(targets.shape)
+    start = Seen(jnp.full(targets.shape, LOWEST), nothing, None, nothing, ())
     if wants_gradient:
         shapes = jax.eval_shape(lambda: chunks.take((*trained, *frozen), cuts, jnp.int32(0)))
         rows = (
-            None if cut is None else jnp.zeros((*targets.shape, *shape.shape[1:]), shape.dtype)
-            for shape, cut in zip(shapes, cuts, strict=True)
+            None if cut is None else jnp.zeros((*targets.shape, *chunk.shape[1:]), chunk.dtype)
+            for chunk, cut in zip(shapes, cuts, strict=True)
         )
         start = start._replace(pulled=jnp.zeros(h.shape), target_rows=tuple(rows))
     seen, _ = jax.lax.scan(one_chunk_of_rows, start, jnp.arange(chunks.count))
@@ -220,7 +217,7 @@ def _gradients(head, trained, frozen, hidden, targets, weights, log_sum, gap):
         fresh = chunks.fresh(j)
 
         def one_chunk_of_tokens(d_rows, chunk):
-            h, target, weight, log_sum, gap, d_h = (*chunk,)
+            h, target, weight, log_sum, gap, d_h = chunk
             logits, pull = jax.vjp(lambda rows, h: head.logits(rows, constant, h), rows, h)
             probability = jnp.where(fresh, jnp.exp(logits - log_sum[:, None]), 0.0)
             is_target = jnp.arange(fresh.size) == chunks.position(j, target)[:, None]
@@ -235,18 +232,16 @@ def _gradients(head, trained, frozen, hidden, targets, weights, log_sum, gap):
 
     start = tuple(jnp.zeros_like(array) for array in trained), jnp.zeros(h.shape)
     (d_trained, d_h), _ = jax.lax.scan(one_chunk_of_rows, start, jnp.arange(chunks.count))
-    if head.mesh is not None:
-        d_h = jax.lax.psum(d_h, "tensor")
+    d_h = d_h if head.mesh is None else jax.lax.psum(d_h, "tensor")
     return d_trained, _joined(d_h, hidden).astype(hidden.dtype)
 
 
 def _cut(x: jax.Array) -> jax.Array:
     """[B, T, ...] in equal chunks of tokens, the last padded with zeros: [k, C, ...]."""
-    tokens = x.shape[0] * x.shape[1]
-    count = -(-tokens // CHUNK_TOKENS)
-    size = -(-tokens // count)
-    x = x.reshape(tokens, *x.shape[2:])
-    return jnp.pad(x, [(0, count * size - tokens)] + [(0, 0)] * (x.ndim - 1)).reshape(count, size, *x.shape[1:])
+    x = x.reshape(-1, *x.shape[2:])
+    count = -(-len(x) // CHUNK_TOKENS)
+    size = -(-len(x) // count)
+    return jnp.pad(x, [(0, count * size - len(x))] + [(0, 0)] * (x.ndim - 1)).reshape(count, size, *x.shape[1:])
 
 
 def _joined(x: jax.Array, like: jax.Array) -> jax.Array:

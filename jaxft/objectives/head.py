@@ -113,7 +113,7 @@ class Chunks(NamedTuple):
                 apart = () if cut is None else (name for axis in range(len(cut)) for name in _names(cut, axis))
                 rows = jax.lax.psum(rows, tuple(set(self.mesh.axis_names).difference(apart)))
             if cut is None:
-                return total + rows
+                return total + rows.astype(total.dtype)
             rows = (self._slice(total, j).astype(rows.dtype) + rows).astype(total.dtype)
             bits = jax.lax.dynamic_update_slice_in_dim(_bits(total), _bits(rows), self.start(j), 0)
             return jax.lax.bitcast_convert_type(bits, total.dtype)
