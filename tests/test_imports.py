@@ -32,7 +32,7 @@ ALLOWED = {
     "hub": {"models", "adapters", "quantization", "sharding", "rules", "redact"},
     "generation": {"models", "adapters", "quantization", "sharding", "rules"},
     "data": {"config", "rules", "redact"},
-    "objectives": {"rules"},
+    "objectives": {"sharding", "rules"},
     "training": EVERYTHING_BELOW | {"objectives"},
     "evaluation": EVERYTHING_BELOW | {"objectives", "training", "generation"},
     "cli": EVERYTHING_BELOW | {"objectives", "training", "generation", "evaluation"},

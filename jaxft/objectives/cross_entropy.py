@@ -1,26 +1,41 @@
-"""Next-token cross-entropy that never holds the logits of a whole batch.
+"""Next-token cross-entropy that never holds the logits.
 
-The output head is applied to a few tokens at a time. When gradients are wanted, each chunk's gradient with respect
-to its hidden states (and to the head, where the head is trained) is computed right there, while its logits are at
-hand, so the backward pass only scales it: one pass over the vocabulary, nothing recomputed, and no array with
-tokens x vocabulary elements.
+The vocabulary is to the loss what keys are to attention: rows of the output head are visited in chunks, and of each
+token only a running maximum and a running sum are kept. Where the head is frozen, the gradient of a hidden state is a
+running sum too, of the head's rows weighted by the softmax: one pass, two products, and it is ready when the loss is.
+Where the head is trained, the forward pass leaves two numbers for each token, and the backward pass visits the chunks
+again.
+
+The target stands apart from the others. With `gap` the log-sum-exp of all other logits less the target's, the loss is
+softplus(gap), and sigmoid(gap) is what the target lacks of probability 1. Neither is a difference of close numbers, so
+the gradient of a token that is already learned is right in relation to its own size, in bfloat16 too.
 
 Sums and counts are returned, never means: the division happens once, over all micro-batches and devices.
 
-Axes: B batch, T tokens, D hidden, V vocabulary, C tokens per chunk.
+Axes: B batch, T tokens, D hidden, V vocabulary; k chunks of C tokens; R rows in a chunk of the vocabulary.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-PyTree = Any
+from jaxft.objectives.head import Chunks, Head
+from jaxft.sharding.mesh import BATCH_AXES, batch_ways
 
-CHUNK_LOGITS = 1 << 24
-"""Logits held at a time; 16M of them take 64 MB in float32."""
+Arrays = tuple[jax.Array, ...]
+
+CHUNK_TOKENS = 4096
+CHUNK_ROWS = 4096
+"""Tokens, and rows of the head, multiplied at a time: at most 16M logits, 64 MB. Each row that is read meets thousands
+of tokens and each token thousands of rows, so that products are bound by arithmetic, not by memory, on any chip."""
+
+LOWEST = -1e30
+"""Below every logit, but finite: a maximum over nothing."""
+
+_BY_TOKEN = P(BATCH_AXES, "context")
 
 
 def next_token_targets(tokens: jax.Array, loss_mask: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -33,82 +48,202 @@ def next_token_targets(tokens: jax.Array, loss_mask: jax.Array, segments: jax.Ar
     return targets, wanted.at[:, -1].set(False).astype(jnp.float32)
 
 
-def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log p(target) for logits [..., V] float32 and targets [...]: [...] float32."""
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-
 def cross_entropy(
-    unembed: Callable[[PyTree, PyTree, jax.Array], jax.Array],
-    trained: PyTree,
-    frozen: PyTree,
-    hidden: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    vocab_size: int,
+    head: Head, trained: Arrays, frozen: Arrays, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
     """Sum over tokens of weight times cross-entropy: a float32 scalar.
 
     Args:
-        unembed: (trained, frozen, hidden states [..., D]) -> logits [..., V] float32; closes over no arrays.
-        trained: the head's parameters that have gradients; may be empty.
+        head: what to do with the arrays.
+        trained: the head's arrays that have gradients; may be empty.
         frozen: those that have none.
         hidden: [B, T, D].
-        targets: [B, T] int32.
+        targets: [B, T] int32; any number where the weight is 0.
         weights: [B, T] float32; 0 for tokens that are not supervised.
-        vocab_size: V, which decides the size of a chunk.
     """
-    batch, length, _ = hidden.shape
-    width = _chunk_width(batch, length, vocab_size)
-    return _summed(unembed, width, trained, frozen, hidden, targets, weights)
+    if head.mesh is not None:  # every device gets as many tokens
+        ways = batch_ways(head.mesh), head.mesh.shape["context"]
+        padding = [(0, -size % count) for size, count in zip(targets.shape, ways, strict=True)]
+        hidden = jnp.pad(hidden, [*padding, (0, 0)])
+        targets, weights = jnp.pad(targets, padding), jnp.pad(weights, padding)
+    return _summed(head, trained, frozen, hidden, targets, weights)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(unembed, width, trained, frozen, hidden, targets, weights):
-    def add(total, chunk):
-        h, target, weight = chunk
-        return total + jnp.sum(weight * token_losses(unembed(trained, frozen, h), target)), None
-
-    total, _ = jax.lax.scan(add, jnp.float32(0), _chunks(width, hidden, targets, weights))
-    return total
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(head, trained, frozen, hidden, targets, weights):
+    return _on_devices(_loss, head, (P(), _BY_TOKEN), trained, frozen, hidden, targets, weights)[0]
 
 
-def _summed_forward(unembed, width, trained, frozen, hidden, targets, weights):
-    def add(carry, chunk):
-        total, d_trained = carry
-        h, target, weight = chunk
-        logits, pull = jax.vjp(lambda trained, h: unembed(trained, frozen, h), trained, h)
-        loss, d_logits = jax.value_and_grad(lambda z: jnp.sum(weight * token_losses(z, target)))(logits)
-        more, d_hidden = pull(d_logits)
-        return (total + loss, jax.tree.map(jnp.add, d_trained, more)), d_hidden
-
-    start = jnp.float32(0), jax.tree.map(jnp.zeros_like, trained)
-    (total, d_trained), d_hidden = jax.lax.scan(add, start, _chunks(width, hidden, targets, weights))
-    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
-    return total, (d_trained, d_hidden[:, : hidden.shape[1]])
+def _summed_forward(head, trained, frozen, hidden, targets, weights):
+    arrays = trained, frozen, hidden, targets, weights
+    function = _loss if trained else _loss_and_gradient
+    total, kept = _on_devices(function, head, (P(), _BY_TOKEN), *arrays)
+    return total, (*arrays, *kept) if trained else kept
 
 
-def _summed_backward(unembed, width, residuals, scale):
-    d_trained, d_hidden = jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), residuals)
+def _summed_backward(head, residuals, scale):
+    if not head.trained:
+        return (), None, (residuals.astype(scale.dtype) * scale).astype(residuals.dtype), None, None
+    trained, frozen, hidden, targets, weights, log_sum, gap = residuals
+    arrays = trained, frozen, hidden, targets, weights * scale, log_sum, gap
+    d_trained, d_hidden = _on_devices(_gradients, head, (_specs(head.trained), _BY_TOKEN), *arrays)
     return d_trained, None, d_hidden, None, None
 
 
 _summed.defvjp(_summed_forward, _summed_backward)
 
 
-def _chunk_width(batch: int, length: int, vocab_size: int) -> int:
-    """Tokens of each row in a chunk: as many equal parts as CHUNK_LOGITS asks for."""
-    parts = max(1, -(-batch * length * vocab_size // CHUNK_LOGITS))
-    return -(-length // min(parts, length))
+def _on_devices(function, head: Head, out_specs, trained: Arrays, frozen: Arrays, *by_token: jax.Array):
+    """function(head, trained, frozen, *by_token) on what each device has of the arrays."""
+    if head.mesh is None:
+        return function(head, trained, frozen, *by_token)
+    specs = _specs(head.trained), _specs(head.frozen), *(_BY_TOKEN for _ in by_token)
+    run = jax.shard_map(partial(function, head), mesh=head.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
+    return run(trained, frozen, *by_token)
 
 
-def _chunks(width: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Cut [B, T, ...] along T into [N, B, C, ...], zero-padding the last chunk."""
+def _specs(cuts: tuple[P | None, ...]) -> tuple[P, ...]:
+    return tuple(P() if cut is None else cut for cut in cuts)
 
-    def cut(x: jax.Array) -> jax.Array:
-        count = -(-x.shape[1] // width)
-        padding = [(0, 0), (0, count * width - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
-        return jnp.moveaxis(jnp.pad(x, padding).reshape(x.shape[0], count, width, *x.shape[2:]), 1, 0)
 
-    return tuple(cut(x) for x in arrays)
+class Seen(NamedTuple):
+    """Of each token, what is known after some chunks of the vocabulary; the first three leave its target out."""
+
+    highest: jax.Array  # [k, C] logit
+    total: jax.Array  # [k, C] of exp(logit - highest)
+    pulled: jax.Array | None  # [k, C, D] of the gradients of the logits, so weighted; None where it is not wanted
+    target: jax.Array  # [k, C] logit of the target
+    target_rows: tuple[jax.Array | None, ...]  # [k, C, ...] the head's rows for the target, with `pulled`
+
+
+def _loss(head, trained, frozen, hidden, targets, weights):
+    """The sum, and log-sum-exp and gap of each token [B, T]."""
+    seen = _visit(head, trained, frozen, _cut(hidden), _cut(targets), wants_gradient=False)
+    gap = _joined(seen.highest + jnp.log(seen.total) - seen.target, targets)
+    return _sum(head, weights, gap), (_joined(seen.target, targets) + jax.nn.softplus(gap), gap)
+
+
+def _loss_and_gradient(head, trained, frozen, hidden, targets, weights):
+    """The sum, and its gradient [B, T, D] with respect to the hidden states, for a head that is frozen."""
+    h = _cut(hidden)
+    seen = _visit(head, trained, frozen, h, _cut(targets), wants_gradient=True)
+    gap = seen.highest + jnp.log(seen.total) - seen.target
+
+    def target_logit(rows, h):
+        arrays = (whole if row is None else row[None] for row, whole in zip(rows, frozen, strict=True))
+        return head.logits((), tuple(arrays), h[None])[0, 0]
+
+    def gradient(chunk):
+        h, seen, gap, weight = chunk
+        away = seen.pulled / seen.total[:, None]
+        towards = jax.vmap(jax.grad(target_logit, 1))(seen.target_rows, h.astype(jnp.float32))
+        share = (weight * jax.nn.sigmoid(gap))[:, None]
+        # Where the weight is 0 there may be no such target, and no gradient towards it.
+        return jnp.where(weight[:, None] == 0, 0.0, share * (away - towards)).astype(h.dtype)
+
+    d_hidden = jax.lax.map(gradient, (h, seen, gap, _cut(weights)))
+    return _sum(head, weights, _joined(gap, targets)), _joined(d_hidden, hidden)
+
+
+def _sum(head, weights, gap):
+    total = jnp.sum(weights * jax.nn.softplus(gap))
+    return total if head.mesh is None else jax.lax.psum(total, (*BATCH_AXES, "context"))
+
+
+def _visit(head: Head, trained: Arrays, frozen: Arrays, h: jax.Array, targets: jax.Array, wants_gradient: bool) -> Seen:
+    """All of the vocabulary, for tokens h [k, C, D] with targets [k, C]."""
+    chunks, cuts = Chunks.of(head, (*trained, *frozen), CHUNK_ROWS), head.trained + head.frozen
+
+    def one_chunk_of_rows(seen, j):
+        arrays = chunks.take((*trained, *frozen), cuts, j)
+        fresh = chunks.fresh(j)
+
+        def one_chunk_of_tokens(_, chunk):
+            h, target, seen = chunk
+            logits, pull = jax.vjp(lambda h: head.logits(arrays[: len(trained)], arrays[len(trained) :], h), h)
+            at = chunks.position(j, target)
+            others = jnp.where(fresh & (jnp.arange(fresh.size) != at[:, None]), logits, -jnp.inf)
+            highest = jnp.maximum(seen.highest, others.max(axis=1))
+            weights, shrink = jnp.exp(others - highest[:, None]), jnp.exp(seen.highest - highest)
+            total = seen.total * shrink + weights.sum(axis=1)
+            found = jnp.take_along_axis(logits, jnp.maximum(at, 0)[:, None], axis=1)[:, 0]
+            new = seen._replace(highest=highest, total=total, target=jnp.where(at < 0, seen.target, found))
+            if not wants_gradient:
+                return None, new
+            pulled = seen.pulled * shrink[:, None] + pull(weights)[0].astype(jnp.float32)
+            return None, new._replace(pulled=pulled, target_rows=_picked(seen.target_rows, arrays, at))
+
+        return jax.lax.scan(one_chunk_of_tokens, None, (h, targets, seen))[1], None
+
+    nothing = jnp.zeros(targets.shape)
+    start = Seen(jnp.full(targets.shape, LOWEST), nothing, None, nothing, ())
+    if wants_gradient:
+        shapes = jax.eval_shape(lambda: chunks.take((*trained, *frozen), cuts, jnp.int32(0)))
+        rows = (
+            None if cut is None else jnp.zeros((*targets.shape, *chunk.shape[1:]), chunk.dtype)
+            for chunk, cut in zip(shapes, cuts, strict=True)
+        )
+        start = start._replace(pulled=jnp.zeros(h.shape), target_rows=tuple(rows))
+    seen, _ = jax.lax.scan(one_chunk_of_rows, start, jnp.arange(chunks.count))
+    return seen if head.mesh is None else _over_tensor(seen)
+
+
+def _picked(targets: tuple, rows: Arrays, at: jax.Array) -> tuple[jax.Array | None, ...]:
+    """The rows that are those of targets, in their places."""
+
+    def pick(target: jax.Array, rows: jax.Array) -> jax.Array:
+        here = (at >= 0).reshape(-1, *(1,) * (rows.ndim - 1))
+        return jnp.where(here, rows[jnp.maximum(at, 0)], target)
+
+    return tuple(None if target is None else pick(target, one) for target, one in zip(targets, rows, strict=True))
+
+
+def _over_tensor(seen: Seen) -> Seen:
+    """What the devices along tensor saw, each of its rows, together."""
+    highest = jax.lax.pmax(seen.highest, "tensor")
+    shrink = jnp.exp(seen.highest - highest)
+    pulled = None if seen.pulled is None else seen.pulled * shrink[..., None]
+    return Seen(highest, *jax.lax.psum((seen.total * shrink, pulled, seen.target, seen.target_rows), "tensor"))
+
+
+def _gradients(head, trained, frozen, hidden, targets, weights, log_sum, gap):
+    """Those of the trained arrays and of the hidden states [B, T, D]; the logits are computed again."""
+    chunks = Chunks.of(head, (*trained, *frozen), CHUNK_ROWS)
+    h, *by_token = (_cut(each) for each in (hidden, targets, weights, log_sum, gap))
+
+    def one_chunk_of_rows(carry, j):
+        d_trained, d_h = carry
+        rows, constant = chunks.take(trained, head.trained, j), chunks.take(frozen, head.frozen, j)
+        fresh = chunks.fresh(j)
+
+        def one_chunk_of_tokens(d_rows, chunk):
+            h, target, weight, log_sum, gap, d_h = chunk
+            logits, pull = jax.vjp(lambda rows, h: head.logits(rows, constant, h), rows, h)
+            probability = jnp.where(fresh, jnp.exp(logits - log_sum[:, None]), 0.0)
+            is_target = jnp.arange(fresh.size) == chunks.position(j, target)[:, None]
+            d_logits = jnp.where(is_target, -jax.nn.sigmoid(gap)[:, None], probability) * weight[:, None]
+            more_rows, more_h = pull(d_logits)
+            d_rows = tuple(d + more.astype(d.dtype) for d, more in zip(d_rows, more_rows, strict=True))
+            return d_rows, d_h + more_h.astype(d_h.dtype)
+
+        zeros = tuple(jnp.zeros(array.shape) for array in rows)
+        d_rows, d_h = jax.lax.scan(one_chunk_of_tokens, zeros, (h, *by_token, d_h))
+        return (chunks.add(d_trained, d_rows, head.trained, j), d_h), None
+
+    start = tuple(jnp.zeros_like(array) for array in trained), jnp.zeros(h.shape)
+    (d_trained, d_h), _ = jax.lax.scan(one_chunk_of_rows, start, jnp.arange(chunks.count))
+    d_h = d_h if head.mesh is None else jax.lax.psum(d_h, "tensor")
+    return d_trained, _joined(d_h, hidden).astype(hidden.dtype)
+
+
+def _cut(x: jax.Array) -> jax.Array:
+    """[B, T, ...] in equal chunks of tokens, the last padded with zeros: [k, C, ...]."""
+    x = x.reshape(-1, *x.shape[2:])
+    count = -(-len(x) // CHUNK_TOKENS)
+    size = -(-len(x) // count)
+    return jnp.pad(x, [(0, count * size - len(x))] + [(0, 0)] * (x.ndim - 1)).reshape(count, size, *x.shape[1:])
+
+
+def _joined(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The reverse of `_cut`."""
+    return x.reshape(-1, *x.shape[2:])[: like.shape[0] * like.shape[1]].reshape(like.shape)

@@ -19,6 +19,7 @@ from jaxft.models.decoder import Decoder, project
 from jaxft.models.experts import load_balancing_loss
 from jaxft.models.remat import HOST
 from jaxft.objectives.cross_entropy import cross_entropy, next_token_targets
+from jaxft.objectives.head import Head
 from jaxft.training.state import Partition, Trained, TrainState
 
 
@@ -47,16 +48,41 @@ def loss_sum(
     """
     hidden, balances = model.hidden_and_balance(batch.tokens, batch.positions, batch.segment_ids, key, packed)
     targets, weights = next_token_targets(batch.tokens, batch.loss_mask, batch.segment_ids)
-    graph, trained, frozen = nnx.split(model.head, trained_type, ...)
-
-    def unembed(trained, frozen, h):
-        return project(model.config, nnx.merge(graph, trained, frozen), h)
-
-    total = cross_entropy(unembed, trained, frozen, hidden, targets, weights, model.config.vocab_size)
+    total = cross_entropy(*head_parts(model, trained_type), hidden, targets, weights)
     count = weights.sum()
     if router_aux_loss_coef:
         total = total + count * router_aux_loss_coef * load_balancing_loss(balances)
     return total, count
+
+
+def head_parts(
+    model: Decoder, trained_type: type[nnx.Variable]
+) -> tuple[Head, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """The output head as the loss wants it, its trained arrays and its frozen ones."""
+    head, layout = nnx.clone(model.head), model.head.layout
+    head.layout = None  # the loss gathers rows itself
+    adapter = getattr(head, "adapter", None)
+    if adapter is not None:
+        adapter.layout_A = adapter.layout_B = None
+    graph, *states = nnx.split(head, trained_type, ...)
+    flat = [jax.tree_util.tree_flatten_with_path(state) for state in states]
+
+    def cut(path: tuple) -> P | None:
+        match [key.key for key in path if isinstance(key, jax.tree_util.DictKey)][-1]:
+            case "A" | "scale":
+                return None
+            case "weight" if layout is not None:
+                return layout.stored
+            case _:
+                return P(None if layout is None else layout.stored[0])
+
+    def logits(trained, frozen, h):
+        parts = (jax.tree.unflatten(tree, leaves) for (_, tree), leaves in zip(flat, (trained, frozen), strict=True))
+        return project(model.config, nnx.merge(graph, *parts), h)
+
+    cuts = (tuple(cut(path) for path, _ in leaves) for leaves, _ in flat)
+    arrays = (tuple(leaf for _, leaf in leaves) for leaves, _ in flat)
+    return Head(logits, *cuts, None if layout is None else layout.mesh), *arrays
 
 
 def make_train_step(

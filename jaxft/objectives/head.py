@@ -1,0 +1,147 @@
+"""The rows of an output head, chunk by chunk, as one device multiplies them, however they lie on the mesh.
+
+The vocabulary is cut over tensor and fsdp, over tensor alone, or not. What is cut over fsdp is gathered, a chunk at a
+time. What is not cut over tensor is shared out there, so that each of its devices multiplies other rows: where the
+columns are cut over tensor, they exchange a chunk's columns for its rows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+ALIGNED = 128
+"""Large chunks have a multiple of so many rows, which suits matrix units."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How logits are made of the head's arrays. It holds none itself.
+
+    Attributes:
+        logits: (trained arrays, frozen arrays, h [C, D]) -> [C, rows] float32, for any rows of the arrays that have
+            one for each token of the vocabulary.
+        trained, frozen: how each array is cut on the mesh, where axis 0 is the vocabulary, which is cut alike in all;
+            None for an array without that axis.
+        mesh: None: there is one device.
+    """
+
+    logits: Callable[[Sequence[jax.Array], Sequence[jax.Array], jax.Array], jax.Array]
+    trained: tuple[P | None, ...]
+    frozen: tuple[P | None, ...]
+    mesh: Mesh | None = None
+
+
+class Chunks(NamedTuple):
+    """Chunk j has rows from `start(j)` on of what `parts` devices store, and `sharers` devices share them out.
+
+    Chunks are all of one size. The last one therefore begins with rows of the one before, which are not `fresh`.
+    """
+
+    mesh: Mesh | None
+    names: tuple[str, ...]  # mesh axes that the vocabulary is cut over
+    stored: int  # rows on this device
+    size: int  # rows of a chunk from each part, for each sharer
+    count: int
+
+    @classmethod
+    def of(cls, head: Head, arrays: Sequence[jax.Array], limit: int) -> "Chunks":
+        """For arrays as they lie on one device, and at most `limit` rows to multiply at a time."""
+        cuts = (*head.trained, *head.frozen)
+        cut, stored = next((cut, array.shape[0]) for cut, array in zip(cuts, arrays, strict=True) if cut is not None)
+        chunks = cls(head.mesh, _names(cut, 0), stored, 1, 1)
+        limit = max(1, limit // chunks.parts)
+        count = max(-(-stored // (chunks.sharers * limit)), 1 if stored % chunks.sharers == 0 else 2)
+        size = -(-stored // (chunks.sharers * count))
+        size = min(-(-size // ALIGNED) * ALIGNED, limit, stored // chunks.sharers)
+        return chunks._replace(size=size, count=-(-stored // (chunks.sharers * size)))
+
+    @property
+    def parts(self) -> int:
+        return self.mesh.shape["fsdp"] if "fsdp" in self.names else 1
+
+    @property
+    def sharers(self) -> int:
+        return 1 if self.mesh is None or "tensor" in self.names else self.mesh.shape["tensor"]
+
+    @property
+    def span(self) -> int:
+        """Stored rows that a chunk takes."""
+        return self.size * self.sharers
+
+    def start(self, j: jax.Array) -> jax.Array:
+        return jnp.minimum(j * self.span, self.stored - self.span)
+
+    def own_start(self, j: jax.Array) -> jax.Array:
+        """The stored row at which this device's share begins."""
+        return self.start(j) + (jax.lax.axis_index("tensor") * self.size if self.sharers > 1 else 0)
+
+    def fresh(self, j: jax.Array) -> jax.Array:
+        """Which of the rows no earlier chunk had: [rows]."""
+        return jnp.tile(self.own_start(j) + jnp.arange(self.size) >= j * self.span, self.parts)
+
+    def position(self, j: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Where in chunk j the rows of tokens [C] are: [C], -1 for those that are elsewhere or were there before."""
+        first = jax.lax.axis_index("tensor") * self.parts * self.stored if "tensor" in self.names else 0
+        part, row = jnp.divmod(tokens - first, self.stored)
+        place = row - self.own_start(j)
+        here = (part >= 0) & (part < self.parts) & (place >= 0) & (place < self.size) & (row >= j * self.span)
+        return jnp.where(here, part * self.size + place, -1)
+
+    def take(self, arrays: Sequence[jax.Array], cuts: Sequence[P | None], j: jax.Array) -> tuple[jax.Array, ...]:
+        """Chunk j of every array that is cut in chunks."""
+        return tuple(
+            array if cut is None else self._gathered(cut, self._slice(array, j))
+            for array, cut in zip(arrays, cuts, strict=True)
+        )
+
+    def add(
+        self, totals: Sequence[jax.Array], rows: Sequence[jax.Array], cuts: Sequence[P | None], j: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        """The reverse: totals as they are stored, plus rows of chunk j, summed over the devices that have each."""
+
+        def one(total: jax.Array, rows: jax.Array, cut: P | None) -> jax.Array:
+            if cut is not None:
+                stored = jax.ShapeDtypeStruct((self.span, *total.shape[1:]), rows.dtype)
+                (rows,) = jax.linear_transpose(partial(self._gathered, cut), stored)(rows)
+            if self.mesh is not None:
+                apart = () if cut is None else (name for axis in range(len(cut)) for name in _names(cut, axis))
+                rows = jax.lax.psum(rows, tuple(set(self.mesh.axis_names).difference(apart)))
+            if cut is None:
+                return total + rows.astype(total.dtype)
+            rows = (self._slice(total, j).astype(rows.dtype) + rows).astype(total.dtype)
+            bits = jax.lax.dynamic_update_slice_in_dim(_bits(total), _bits(rows), self.start(j), 0)
+            return jax.lax.bitcast_convert_type(bits, total.dtype)
+
+        return tuple(one(*each) for each in zip(totals, rows, cuts, strict=True))
+
+    def _slice(self, array: jax.Array, j: jax.Array) -> jax.Array:
+        bits = jax.lax.dynamic_slice_in_dim(_bits(array), self.start(j), self.span)
+        return jax.lax.bitcast_convert_type(bits, array.dtype)
+
+    def _gathered(self, cut: P, rows: jax.Array) -> jax.Array:
+        """The stored rows of a chunk as this device multiplies them: whole, and its share of them."""
+        for axis in range(rows.ndim):
+            if "fsdp" in _names(cut, axis):
+                rows = jax.lax.all_gather(rows, "fsdp", axis=axis, tiled=True)
+        if self.sharers == 1:
+            return rows
+        if "tensor" in _names(cut, 1):
+            return jax.lax.all_to_all(rows, "tensor", 0, 1, tiled=True)
+        return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index("tensor") * self.size, self.size)
+
+
+def _names(cut: P, axis: int) -> tuple[str, ...]:
+    """The mesh axes that an axis of an array is cut over."""
+    names = cut[axis] if axis < len(cut) else None
+    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """Numbers of 16 bits as integers: for a slice of others, XLA's CPU backend converts the whole array to float32."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
