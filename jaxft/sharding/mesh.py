@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -38,7 +40,29 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         shape[shape.index(-1)] = len(devices) // fixed
     if math.prod(shape) != len(devices):
         raise ValueError(f"mesh: {described} is {math.prod(shape)} devices, but there are {len(devices)}")
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arranged(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices as an array of this shape, neighbours in it near each other in the network.
+
+    Slices of TPUs, and hosts with GPUs, are joined by a slower network. They lie along the first axes that they divide:
+    `data`, where little is sent, then `fsdp`.
+
+    Raises:
+        ValueError: so many slices cannot lie along these axes.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    outside, left = [], slices
+    for size in shape:
+        outside.append(math.gcd(size, left))
+        left //= outside[-1]
+    if left > 1:
+        raise ValueError(f"mesh: {slices} slices or hosts do not divide the axes {dict(zip(AXES, shape, strict=True))}")
+    inside = [size // parts for size, parts in zip(shape, outside, strict=True)]
+    if slices == 1:
+        return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
