@@ -14,6 +14,7 @@ from jaxft.adapters.targets import LoraConfig
 from jaxft.models.decoder import Decoder, modules
 from jaxft.models.experts import ExpertLinear
 from jaxft.models.linear import Linear
+from jaxft.sharding.arrays import on_host, place
 from jaxft.sharding.layout import Layout
 
 
@@ -161,14 +162,14 @@ def check_experts(model: Decoder) -> None:
 
 
 def factors_of(model: Decoder) -> dict[str, Factors]:
-    """The adapters of a model by Hugging Face module, unpadded, on the host."""
+    """The adapters of a model by Hugging Face module, unpadded, on every host."""
     result = {}
     for site in sites(model):
         lora = site.linear.adapter
         if lora is None:
             continue
-        A, B = np.asarray(lora.A[...]), np.asarray(lora.B[...])
-        magnitude = None if lora.magnitude is None else np.asarray(lora.magnitude[...])
+        A, B = on_host(lora.A[...]), on_host(lora.B[...])
+        magnitude = None if lora.magnitude is None else on_host(lora.magnitude[...])
         indices = np.ndindex(site.stack)
         for index, name, rank in zip(indices, site.modules, lora.spec.ranks, strict=True):
             if rank:
@@ -228,9 +229,9 @@ def _install(site: Site, spec: LoraSpec, A: jax.Array, B: jax.Array, magnitude: 
     if layout is not None:
         *outer, rows, columns = layout.stored
         layout_A, layout_B = Layout(layout.mesh, P(*outer, None, columns)), Layout(layout.mesh, P(*outer, rows, None))
-        A, B = (jax.device_put(array, cut.stacked(array.ndim)) for array, cut in ((A, layout_A), (B, layout_B)))
+        A, B = (place(array, cut.stacked(array.ndim)) for array, cut in ((A, layout_A), (B, layout_B)))
         if spec.use_dora:
             by_row = Layout(layout.mesh, P(rows)).stacked(squares.ndim)
-            magnitude, squares = jax.device_put(magnitude, by_row), jax.device_put(squares, by_row)
+            magnitude, squares = place(magnitude, by_row), place(squares, by_row)
     scale = _spread(site, jnp.asarray(spec.scales, jnp.float32))
     linear.adapter = LoRA(spec, scale, A, B, magnitude, squares, layout_A, layout_B)

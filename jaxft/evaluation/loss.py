@@ -3,14 +3,14 @@
 import math
 from typing import NamedTuple
 
-import jax
 from jax.sharding import Mesh
 
 from jaxft.data.loader import Batch, eval_batches
 from jaxft.data.tokenized import TokenizedSet
 from jaxft.models.decoder import Decoder
 from jaxft.models.linear import Adapter
-from jaxft.sharding.mesh import batch_sharding, batch_ways
+from jaxft.sharding.arrays import place_rows, rows_here
+from jaxft.sharding.mesh import batch_ways
 from jaxft.training.state import Partition
 from jaxft.training.step import make_eval_step
 
@@ -40,9 +40,10 @@ def score(model: Decoder, examples: TokenizedSet, *, batch_size: int, max_length
     partition = Partition(model, Adapter)
     step, (trained, frozen) = make_eval_step(partition), partition.split(model)
     total, count = 0.0, 0.0
-    for batch in eval_batches(examples, batch_size=batch_size * batch_ways(mesh), max_length=max_length):
-        rows = jax.device_put(Batch(*(field[0] for field in batch)), batch_sharding(mesh))
-        batch_total, batch_count = step(trained, frozen, rows)
+    rows = batch_size * batch_ways(mesh)
+    for batch in eval_batches(examples, batch_size=rows, max_length=max_length, rows=rows_here(mesh, rows)):
+        placed = place_rows(Batch(*(field[0] for field in batch)), mesh, rows)
+        batch_total, batch_count = step(trained, frozen, placed)
         total, count = total + float(batch_total), count + float(batch_count)
     if not math.isfinite(total):
         raise ValueError(f"the loss is {total}; look for NaN or inf in the weights of the model and of its adapter")

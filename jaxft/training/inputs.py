@@ -27,6 +27,7 @@ from jaxft.models.linear import Adapter
 from jaxft.models.placement import check_mesh
 from jaxft.quantization.formats import parse_format
 from jaxft.quantization.qtensor import Format
+from jaxft.sharding.arrays import rows_here
 from jaxft.sharding.mesh import batch_ways, make_mesh
 
 logger = logging.getLogger(__name__)
@@ -181,6 +182,7 @@ def gather(config: Config) -> Inputs:
         packing=config.packing,
         weights=data.weights,
         seed=config.seed,
+        rows=rows_here(mesh, config.micro_batch_size * batch_ways(mesh)),
     )
     total_steps = config.max_steps or max(schedule.steps(config.num_train_epochs), 1)
     if config.warmup_steps >= total_steps:

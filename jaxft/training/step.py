@@ -18,6 +18,7 @@ from jaxft.data.loader import Batch
 from jaxft.models.decoder import Decoder, project
 from jaxft.models.experts import load_balancing_loss
 from jaxft.objectives.cross_entropy import cross_entropy, next_token_targets
+from jaxft.sharding.arrays import place
 from jaxft.training.state import Partition, Trained, TrainState
 
 
@@ -119,7 +120,7 @@ def initial_state(trained: Trained, optimizer: optax.GradientTransformation, mes
     if mesh is None:
         return state
     replicated = NamedSharding(mesh, P())
-    return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, replicated), state)
+    return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else place(x, replicated), state)
 
 
 def make_eval_step(
