@@ -2,12 +2,18 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: compilers for others look for no devices
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and the runs that tests start share what was compiled
+    compiled = tempfile.TemporaryDirectory(prefix="jaxft-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 
 import chex
 
@@ -169,3 +175,77 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
         yield
+
+
+PATIENCE = 150.0  # seconds for a job of several processes
+
+
+class Job:
+    """One command in several processes, each with its own log."""
+
+    def __init__(
+        self, logs: Path, processes: int, devices: int, *command: object, cwd: Callable[[int], Path] = lambda _: None
+    ):
+        logs.mkdir(parents=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = {
+            **os.environ,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAXFT_HEARTBEAT_SECONDS": "5",
+        }
+        self.logs = [logs / f"{index}.log" for index in range(processes)]
+        self.processes = []
+        for index, log in enumerate(self.logs):
+            with open(log, "wb") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *map(str, command)],
+                        env={**environment, "JAX_PROCESS_ID": str(index)},
+                        stdout=file,
+                        stderr=file,
+                        cwd=cwd(index),
+                    )
+                )
+
+    def wait_for(self, event: Callable[[], bool]) -> None:
+        end = time.monotonic() + PATIENCE
+        while not event():
+            assert all(process.poll() is None for process in self.processes), self.told()
+            assert time.monotonic() < end, f"nothing happened:\n{self.told()}"
+            time.sleep(0.01)
+
+    def end(self) -> list[int]:
+        """The exit codes; no process outlives this."""
+        end = time.monotonic() + PATIENCE
+        try:
+            return [process.wait(max(0.1, end - time.monotonic())) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it did not end:\n{self.told()}") from None
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def told(self) -> str:
+        return "\n".join(f"--- {log.name}\n{self.said(index)}" for index, log in enumerate(self.logs))
+
+    def said(self, index: int) -> str:
+        """What a process said, without what the library for collectives on CPUs prints."""
+        lines = self.logs[index].read_text().splitlines(keepends=True)
+        return "".join(line for line in lines if not line.startswith("[Gloo]"))
+
+
+@pytest.fixture(scope="module")
+def start_job(tmp_path_factory):
+    """`start_job(processes, devices, *command, cwd=...)`: the same Python command in several processes of one run."""
+    root = tmp_path_factory.mktemp("jobs")
+
+    def start(processes: int, devices: int, *command: object, **options) -> Job:
+        return Job(root / str(sum(1 for _ in root.iterdir())), processes, devices, *command, **options)
+
+    return start

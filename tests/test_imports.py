@@ -35,7 +35,9 @@ ALLOWED = {
     "objectives": {"sharding", "rules"},
     "training": EVERYTHING_BELOW | {"objectives"},
     "evaluation": EVERYTHING_BELOW | {"objectives", "training", "generation"},
-    "cli": EVERYTHING_BELOW | {"objectives", "training", "generation", "evaluation"},
+    "platform": set(),
+    "planning": EVERYTHING_BELOW | {"objectives", "training", "platform"},
+    "cli": EVERYTHING_BELOW | {"objectives", "training", "generation", "evaluation", "planning", "platform"},
 }
 
 

@@ -13,6 +13,7 @@ from jaxft.adapters.targets import LoraConfig
 from jaxft.models.decoder import Decoder, modules
 from jaxft.models.experts import ExpertLinear
 from jaxft.models.linear import Linear
+from jaxft.sharding.arrays import on_host, place
 
 
 class Site(NamedTuple):
@@ -159,14 +160,14 @@ def check_experts(model: Decoder) -> None:
 
 
 def factors_of(model: Decoder) -> dict[str, Factors]:
-    """The adapters of a model by Hugging Face module, unpadded, on the host."""
+    """The adapters of a model by Hugging Face module, unpadded, on every host."""
     result = {}
     for site in sites(model):
         lora = site.linear.adapter
         if lora is None:
             continue
-        A, B = np.asarray(lora.A[...]), np.asarray(lora.B[...])
-        magnitude = None if lora.magnitude is None else np.asarray(lora.magnitude[...])
+        A, B = on_host(lora.A[...]), on_host(lora.B[...])
+        magnitude = None if lora.magnitude is None else on_host(lora.magnitude[...])
         indices = np.ndindex(site.stack)
         for index, name, rank in zip(indices, site.modules, lora.spec.ranks, strict=True):
             if rank:
@@ -225,4 +226,4 @@ def _install(site: Site, spec: LoraSpec, A: jax.Array, B: jax.Array, magnitude: 
     linear.adapter = LoRA(spec, scale, A, B, magnitude, squares)
     if linear.layout is not None:
         for variable, sharding in linear.adapter.bind(linear.layout):
-            variable.set_value(jax.device_put(variable.get_value(), sharding))
+            variable.set_value(place(variable.get_value(), sharding))

@@ -1,6 +1,10 @@
-"""What the commands share: how they fail, whose tokenizer they use, and which tokens end an answer."""
+"""What the commands share: how they begin and fail, whose tokenizer they use, and which tokens end an answer."""
 
+import logging
+import os
 import sys
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,16 +13,44 @@ from transformers import PreTrainedTokenizerBase
 from jaxft.data import chat
 from jaxft.data.chat import Renderer
 from jaxft.hub.model_files import companions_of
+from jaxft.platform import prepare
+from jaxft.sharding import hosts
 
 
-def exit_code(action: Callable[[], None]) -> int:
-    """Do it: 0, or 2 and one line on stderr for what the user can put right."""
+def exit_code(action: Callable[[], int | None]) -> int:
+    """Do it, as one of several processes where this is one: its code or 0; 2 for what the user can put right.
+
+    An error is one line on stderr. It ends all processes, and the line says which of them it befell.
+    """
     try:
-        action()
+        prepare()
+        hosts.join()
+        if not hosts.is_writer():
+            logging.getLogger().setLevel(logging.ERROR)
+            warnings.simplefilter("ignore")
+        code = action() or 0
+        hosts.part()
+        return code
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return _failed(f"error: {error}", 2)
+    except (Exception, KeyboardInterrupt) as error:
+        if hosts.count() == 1:
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            return _failed("interrupted", 130)
+        return _failed(traceback.format_exc(), 1)
+
+
+def _failed(message: str, code: int) -> int:
+    """The exit code. Of several processes one that failed ends here: a regular exit would wait for the others."""
+    if hosts.count() == 1:
+        print(message, file=sys.stderr)
+        return code
+    print(f"{hosts.name()}: {message}", file=sys.stderr)
+    hosts.fail(message, code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def load_tokenizer(model: Path, adapter: str | Path | None = None) -> PreTrainedTokenizerBase:

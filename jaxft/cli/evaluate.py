@@ -23,6 +23,7 @@ from jaxft.hub.model_files import read_config
 from jaxft.hub.peft import load_adapter, read_adapter_config
 from jaxft.hub.resolve import resolve_model
 from jaxft.models.hf_config import decoder_config
+from jaxft.sharding import hosts
 from jaxft.sharding.mesh import make_mesh
 
 
@@ -84,11 +85,14 @@ def _run(options: argparse.Namespace) -> None:
     mesh = make_mesh({"fsdp": -1})
     measure = partial(score, examples=examples, batch_size=options.batch_size, max_length=options.max_length, mesh=mesh)
     base = load_model(options.model, options.dtype, options.quantization, mesh, revision=options.revision)
+    hosts.agree({"data": examples.fingerprint(), "weights": base.source.fingerprint})
     models = {"base": base}
     if options.adapter is not None:
         models["adapter"] = load_adapter(base, options.adapter)
     scores = {name: measure(model) for name, model in models.items()}
 
+    if not hosts.is_writer():
+        return
     if options.json:
         measured = {name: {**one._asdict(), "perplexity": one.perplexity} for name, one in scores.items()}
         settings = {name: value for name, value in vars(options).items() if name != "json"}

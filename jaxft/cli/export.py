@@ -35,6 +35,7 @@ from jaxft.hub.resolve import resolve_model
 from jaxft.hub.save import copy_companions, save_model
 from jaxft.models.config import Source
 from jaxft.models.decoder import Decoder, parameters
+from jaxft.sharding import hosts
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = 1e-5  # between logits before and after writing, relative to the largest
@@ -225,6 +226,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     if options.format == "peft" and options.dtype:
         raise ValueError("--dtype is for --format merged; an adapter stays in float32, as it was trained")
+    if not hosts.is_writer():
+        return  # there is nothing to share out: one host has room for the model, or none has
     run = open_result(options.run)
     with staged(options.output) as stage, _host():
         if options.format == "peft":

@@ -15,6 +15,7 @@ from jaxft.generation.generate import generate
 from jaxft.hub.load import eos_token_ids, load_model
 from jaxft.hub.peft import load_adapter
 from jaxft.hub.resolve import resolve_model
+from jaxft.sharding import hosts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,6 +72,8 @@ def _run(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     count, seconds = sum(map(len, completions)), time.perf_counter() - start
+    if not hosts.is_writer():
+        return
     for prompt, completion in zip(prompts, completions, strict=True):
         print(_text(tokenizer, prompt, completion))
     print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)

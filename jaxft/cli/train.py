@@ -31,12 +31,14 @@ from jaxft.hub.peft import save_adapter
 from jaxft.hub.save import save_model
 from jaxft.models.count import ParameterCount, count_parameters
 from jaxft.models.decoder import Decoder
+from jaxft.platform import prepare
+from jaxft.sharding import hosts
 from jaxft.sharding.mesh import batch_ways
 from jaxft.training.checkpoint import Checkpoints, state_digest
 from jaxft.training.inputs import Inputs, gather
 from jaxft.training.logging import MetricsLog, Progress, open_sinks, read_metrics
 from jaxft.training.loop import PREEMPTED, NonFiniteLossError, Outcome, Preempted, fit, start
-from jaxft.training.run_directory import RunDirectory, check_vacant, open_run
+from jaxft.training.run_directory import RunDirectory, check_vacant, open_run, versions
 
 SHOWN_PROMPTS = 5
 
@@ -65,15 +67,20 @@ def train(config: str | Path | Mapping[str, Any], **overrides: Any) -> TrainResu
     """
     as_json = partial(json.dumps, ensure_ascii=False, default=os.fspath)
     words = [f"{key}={as_json(value)}" for key, value in overrides.items()]
-    return run(load_config(config, words), _plain_console())
+    prepare()
+    with hosts.together(Preempted):
+        return run(load_config(config, words), _plain_console())
 
 
 def run(config: Config, console: Console) -> TrainResult:
     """`train` for a checked config; what happens is told on `console`."""
     say = console.print
-    again = config.resume_from_checkpoint or nothing_to_lose(Path(config.output_dir))
-    check_vacant(config.output_dir, again)
+    hosts.agree({**versions(), **config.model_dump(mode="json")})
+    again = hosts.is_writer() and (config.resume_from_checkpoint or nothing_to_lose(Path(config.output_dir)))
+    if hosts.is_writer():
+        check_vacant(config.output_dir, again)
     inputs = gather(config)
+    hosts.agree(inputs.fingerprints)
     say(str(inputs.data.report))
     counts = count_parameters(inputs.describe(), inputs.recipe.trained_type)
     say(describe_parameters(counts))
@@ -89,9 +96,8 @@ def run(config: Config, console: Console) -> TrainResult:
             if directory.resumed:
                 directory.truncate_metrics(begin.step)
                 say(f"resumed at step {begin.step}")
-            sinks = open_sinks(config.report_to, directory.path, directory.path.name, config.model_dump())
             with (
-                MetricsLog(directory.metrics_file, sinks) as log,
+                _metrics_log(directory, config) as log,
                 Progress(inputs.total_steps, begin.step, console) as progress,
             ):
                 outcome = fit(inputs, begin, checkpoints, log, progress)
@@ -103,7 +109,7 @@ def run(config: Config, console: Console) -> TrainResult:
                 "data": asdict(inputs.data.report),
                 "parameters": [count._asdict() for count in counts],
                 "chat_template": inputs.chat_template,
-                "result_sha256": digests(exported),
+                "result_sha256": digests(exported) if hosts.is_writer() else {},
             }
         )
 
@@ -114,13 +120,14 @@ def run(config: Config, console: Console) -> TrainResult:
             Sample(question.text, question.reference, base, tuned)
             for question, base, tuned in zip(asked, before, after, strict=True)
         ][:SHOWN_PROMPTS]
-        write_report(
-            directory.report_file,
-            title=f"{Path(config.model_name_or_path).name}: {directory.path.name}",
-            run=_report_data(inputs, counts, outcome, match, directory.record["versions"]),
-            records=read_metrics(directory.metrics_file),
-            samples=samples,
-        )
+        if hosts.is_writer():
+            write_report(
+                directory.report_file,
+                title=f"{Path(config.model_name_or_path).name}: {directory.path.name}",
+                run=_report_data(inputs, counts, outcome, match, directory.record["versions"]),
+                records=read_metrics(directory.metrics_file),
+                samples=samples,
+            )
         directory.finish({"final": final})
         if match is not None:
             say(
@@ -185,25 +192,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     try:
         return exit_code(partial(_obey, parsed))
-    except Preempted as stopped:
-        print(stopped, file=sys.stderr)
-        return PREEMPTED
-    except NonFiniteLossError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:  # outside the training loop, which saves and is `Preempted`
         print("interrupted", file=sys.stderr)
         return 130
 
 
-def _obey(parsed: argparse.Namespace) -> None:
+def _obey(parsed: argparse.Namespace) -> int:
+    """The exit code, of what befalls all processes together."""
     config = load_config(parsed.config, parsed.overrides)
-    (dry_run if parsed.dry_run else run)(config, _plain_console())
+    try:
+        (dry_run if parsed.dry_run else run)(config, _plain_console())
+    except Preempted as stopped:
+        if hosts.is_writer():
+            print(stopped, file=sys.stderr)
+        return PREEMPTED
+    except NonFiniteLossError as error:
+        if hosts.is_writer():
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _plain_console() -> Console:
-    """Prints text as it is, in lines of any length."""
-    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+    """Prints text as it is, in lines of any length; in one process of a run only."""
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=not hosts.is_writer())
+
+
+def _metrics_log(directory: RunDirectory, config: Config) -> MetricsLog:
+    if not hosts.is_writer():
+        return MetricsLog(None)
+    sinks = open_sinks(config.report_to, directory.path, directory.path.name, config.model_dump())
+    return MetricsLog(directory.metrics_file, sinks)
 
 
 def _answer(model: Decoder, inputs: Inputs, asked: Sequence[Question]) -> list[str]:
@@ -216,6 +235,12 @@ def _export(outcome: Outcome, inputs: Inputs, directory: RunDirectory) -> Path:
     """Write the result, with the tokenizer and the chat template that it was trained with."""
     template, full = inputs.chat_template, inputs.config.adapter == "none"
     target = directory.path / "model" if full else directory.adapter
+    if not hosts.is_writer():
+        (partial(save_model, dtype=inputs.recipe.storage) if full else save_adapter)(
+            outcome.model, target
+        )  # its part in it
+        hosts.barrier()
+        return target
     with staged(target, replace=True) as stage:  # what is there is of a run that was killed after training
         if full:
             save_model(outcome.model, stage, inputs.recipe.storage)
@@ -224,6 +249,7 @@ def _export(outcome: Outcome, inputs: Inputs, directory: RunDirectory) -> Path:
         else:
             save_adapter(outcome.model, stage)
             add_tokenizer(inputs.resolved.path, stage, template)
+    hosts.barrier()
     return target
 
 

@@ -53,6 +53,7 @@ class Schedule:
         packing: several examples per row.
         weights: of the sources, relative; None = every example once per epoch.
         seed: fixes the order.
+        rows: of each micro-batch, those to make, in order; None = all. The order does not depend on them.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Schedule:
         parts: int = 1,
         weights: Sequence[float] | None = None,
         seed: int,
+        rows: Sequence[int] | None = None,
     ):
         if not all(map(len, sources)):
             raise ValueError("a source has no examples")
@@ -73,6 +75,7 @@ class Schedule:
         self._first = np.cumsum([0, *map(len, sources)])  # number of a source's first example
         self._lengths = np.concatenate([source.lengths for source in sources])
         self._shape = (accumulation_steps, micro_batch_size)
+        self._made = range(micro_batch_size) if rows is None else rows
         self._packing, self._seed = packing, seed
         self.row_length = max_length if packing else _row_length(sources, max_length, parts)
         self._shares = _shares(sources, weights)
@@ -92,10 +95,11 @@ class Schedule:
         with self._lock:
             epoch, start = self._epoch_of(step)
             rows = self._plan(epoch)
-        size = self._shape[0] * self._shape[1]
-        first = (step - start) * size
-        chosen = [[self._example(index) for index in row] for row in rows[first : first + size]]
-        return _fill(chosen, self._shape, self.row_length)
+        steps, size = self._shape
+        first = (step - start) * steps * size
+        wanted = [first + micro * size + row for micro in range(steps) for row in self._made]
+        chosen = [[self._example(index) for index in rows[row]] if row < len(rows) else [] for row in wanted]
+        return _fill(chosen, (steps, len(self._made)), self.row_length)
 
     def steps(self, epochs: float = 1.0) -> int:
         """Steps in this many epochs from the start; for part of an epoch, that part of its steps, rounded up.
@@ -170,15 +174,18 @@ def stream(schedule: Schedule) -> grain.DatasetIterator:
     return iter(grain.MapDataset.source(schedule).to_iter_dataset(options))
 
 
-def eval_batches(examples: TokenizedSet, *, batch_size: int, max_length: int, parts: int = 1) -> Iterator[Batch]:
+def eval_batches(
+    examples: TokenizedSet, *, batch_size: int, max_length: int, parts: int = 1, rows: Sequence[int] | None = None
+) -> Iterator[Batch]:
     """Every example once, in order, one to a row: [1, batch_size, T]. Empty rows fill the last batch.
 
-    `max_length` and `parts` are those of `Schedule`.
+    `max_length` and `parts` are those of `Schedule`. With `rows`, only these of each batch are made.
     """
     length = _row_length([examples], max_length, parts)
+    made = range(batch_size) if rows is None else rows
     for first in range(0, len(examples), batch_size):
-        rows = [[examples[index]] for index in range(first, min(first + batch_size, len(examples)))]
-        yield _fill(rows, (1, batch_size), length)
+        wanted = [first + row for row in made]
+        yield _fill([[examples[row]] if row < len(examples) else [] for row in wanted], (1, len(made)), length)
 
 
 def _row_length(sources: Sequence[TokenizedSet], max_length: int, parts: int) -> int:

@@ -3,14 +3,14 @@
 import math
 from typing import NamedTuple
 
-import jax
 from jax.sharding import Mesh
 
 from jaxft.data.loader import Batch, eval_batches
 from jaxft.data.tokenized import TokenizedSet
 from jaxft.models.decoder import Decoder
 from jaxft.models.linear import Adapter
-from jaxft.sharding.mesh import batch_sharding, batch_ways
+from jaxft.sharding.arrays import place_rows, rows_here
+from jaxft.sharding.mesh import batch_ways
 from jaxft.training.state import Partition
 from jaxft.training.step import make_eval_step
 
@@ -41,8 +41,9 @@ def score(model: Decoder, examples: TokenizedSet, *, batch_size: int, max_length
     step, (trained, frozen) = make_eval_step(partition, packed=False), partition.split(model)
     total, count = 0.0, 0.0
     rows, parts = batch_size * batch_ways(mesh), mesh.shape["context"]
-    for batch in eval_batches(examples, batch_size=rows, max_length=max_length, parts=parts):
-        placed = jax.device_put(Batch(*(field[0] for field in batch)), batch_sharding(mesh))
+    made = rows_here(mesh, rows)
+    for batch in eval_batches(examples, batch_size=rows, max_length=max_length, parts=parts, rows=made):
+        placed = place_rows(Batch(*(field[0] for field in batch)), mesh, rows)
         batch_total, batch_count = step(trained, frozen, placed)
         total, count = total + float(batch_total), count + float(batch_count)
     if not math.isfinite(total):

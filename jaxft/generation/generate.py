@@ -22,6 +22,7 @@ from jaxft.generation.sampling import Sampling, choose, row_keys
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Cache, Decoder
 from jaxft.models.ulysses import HEADS
+from jaxft.sharding.arrays import place
 from jaxft.sharding.layout import ways
 from jaxft.sharding.mesh import BATCH_AXES, batch_ways, row_sharding
 
@@ -146,7 +147,7 @@ def _pad(prompts: Sequence[np.ndarray], limits: Sequence[int], mesh: Mesh | None
         tokens[row, -len(prompt) :] = prompt
         segments[row, -len(prompt) :] = 1
     rows = _Rows(tokens, segments, np.array(lengths, np.int32), np.array(limits, np.int32))
-    return rows if mesh is None else jax.device_put(rows, row_sharding(mesh))
+    return rows if mesh is None else jax.tree.map(partial(place, sharding=row_sharding(mesh)), rows)
 
 
 @partial(jax.jit, static_argnames="slots")

@@ -22,6 +22,8 @@ from jaxft.hub.model_files import read_json
 from jaxft.hub.peft_experts import PREFIX, flat, split, unflat, wrapper
 from jaxft.hub.safetensors_writer import write_safetensors
 from jaxft.models.decoder import Decoder
+from jaxft.sharding.arrays import on_host
+from jaxft.sharding.hosts import is_writer
 
 CONFIG_FILE, TENSOR_STEM = "adapter_config.json", "adapter_model"
 FINGERPRINT = "jaxft_base_fingerprint"
@@ -118,6 +120,8 @@ def read_adapter_config(directory: Path) -> LoraConfig:
 def save_adapter(model: Decoder, directory: str | Path) -> Path:
     """Write the model's adapter as a PEFT directory, in float32. Returns the directory.
 
+    Of several processes all call it, and process 0 writes.
+
     Raises:
         ValueError: the model carries no adapter, or one that PEFT could not load.
     """
@@ -134,6 +138,8 @@ def save_adapter(model: Decoder, directory: str | Path) -> Path:
     metadata = {"format": "pt"}
     if model.source is not None:
         metadata[FINGERPRINT] = model.source.fingerprint
+    if not is_writer():
+        return directory
     text = json.dumps(_adapter_config(model, factors), indent=2, sort_keys=True) + "\n"
     with staged_in(directory) as stage:
         write_safetensors(stage / f"{TENSOR_STEM}.safetensors", tensors, lambda name: tensors[name], metadata)
@@ -265,7 +271,7 @@ def _check_head_copy(model: Decoder, checkpoint: Checkpoint, directory: Path) ->
     weight = model.head.weight.get_value()
     if HEAD_COPY not in checkpoint.names() or isinstance(weight, jax.core.Tracer):  # a tracer has no values
         return
-    if not np.array_equal(checkpoint.read(HEAD_COPY).astype(weight.dtype), np.asarray(weight)):
+    if not np.array_equal(checkpoint.read(HEAD_COPY).astype(weight.dtype), on_host(weight)):
         raise ValueError(f"{directory}: {HEAD_COPY} is not the base's output head: made for another base")
 
 

@@ -17,6 +17,8 @@ from jaxft.models.decoder import Decoder, parameters
 from jaxft.models.hf_config import decoder_config
 from jaxft.models.parameter import Parameter
 from jaxft.quantization.qtensor import QTensor
+from jaxft.sharding.arrays import on_host
+from jaxft.sharding.hosts import is_writer
 
 COMPANIONS = (
     "generation_config.json",
@@ -46,6 +48,9 @@ def save_model(
 
     Where the model is the part for text of one that can see, the rest is copied from there, too.
 
+    Of several processes all call it, and process 0 writes: each tensor that is cut over hosts is gathered when its turn
+    comes.
+
     Args:
         model: without adapter (`jaxft.merge_adapter` first) and without quantization.
         directory: new or empty of weights.
@@ -63,7 +68,7 @@ def save_model(
     if model.source is None:
         raise ValueError("the model was not read from a directory; there is no config and no tokenizer to write")
     directory = Path(directory)
-    if directory.is_dir():
+    if is_writer() and directory.is_dir():
         refuse_weights(directory)
     values = _by_name(model)
     specs = {
@@ -88,9 +93,13 @@ def save_model(
             whole.files.release(name)
             return value
         parameter, array, index = values[name]
-        value = np.asarray(array[index] if index else array).astype(specs[name].dtype, copy=False)
+        value = on_host(array[index] if index else array).astype(specs[name].dtype, copy=False)
         return value.swapaxes(-1, -2) if parameter.transposed else value
 
+    if not is_writer():
+        for name in values:
+            produce(name)  # its part in the gathering
+        return directory
     if decoder_config(config).tie_word_embeddings != model.config.tie_word_embeddings:
         config["tie_word_embeddings"] = model.config.tie_word_embeddings
     written = {str(spec.dtype) for spec in specs.values()}

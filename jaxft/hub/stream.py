@@ -24,6 +24,7 @@ from jaxft.hub.stack import Storage, add_tensor, finish
 from jaxft.models.linear import Weight
 from jaxft.models.parameter import Parameter
 from jaxft.quantization.qtensor import QTensor
+from jaxft.sharding.hosts import is_writer
 
 READERS = 2  # threads
 AHEAD = 256 << 20  # bytes that may be on their way beside the largest tensor
@@ -153,6 +154,6 @@ def _on_devices(parts: dict[str, np.ndarray] | QTensor, shape: tuple[int, ...], 
 def _progress(total: int) -> Progress:
     console = Console(stderr=True)
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_interactive)
+    bar = Progress(*columns, console=console, transient=True, disable=not (console.is_interactive and is_writer()))
     bar.add_task("", total=total)
     return bar

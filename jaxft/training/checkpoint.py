@@ -1,12 +1,15 @@
 """Checkpoints that come back bit for bit, or say why they cannot.
 
 Orbax writes a step into a temporary directory and renames it when it is whole. A step has two items.
-`state` is every array of the train state under its dotted name. `manifest` is the dtype, shape and SHA-256
-of each, the run's progress, and a SHA-256 of the manifest itself. What does not match its manifest is
-damaged and never used: a run goes on from the newest intact step. Arrays are gathered to the host once per
-save and placed by the template on restore, so the mesh may change in between.
+`state` is every array of the train state under its dotted name. `manifest` is the dtype, shape and digest
+(`jaxft.training.digest`) of each, the run's progress, and a SHA-256 of the manifest itself. What does not match its
+manifest is damaged and never used: a run goes on from the newest intact step.
 
-One process owns the directory at a time (`jaxft.training.run_directory` sees to it): opening it removes
+No host needs to hold an array whole: each process writes the parts on its devices, and reads those that the template
+puts there, so mesh and number of processes may change in between. All processes of a run make the same calls, and
+what one of them finds damaged is damaged for all.
+
+One run owns the directory at a time (`jaxft.training.run_directory` sees to it): opening it removes
 what a killed process left half written or half deleted.
 """
 
@@ -23,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxft.sharding import hosts
+from jaxft.training.digest import Digest, digests
 from jaxft.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -70,16 +75,19 @@ class Checkpoints:
         self._keep = keep
         self._damaged: list[int] = []  # newer than the step the run goes on from
         self._pending: int | None = None  # being written
+        self._reader = ocp.PyTreeCheckpointHandler()
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(use_compression=False),  # trained floats hardly compress
             "manifest": ocp.JsonCheckpointHandler(),
         }
+        options = ocp.CheckpointManagerOptions(todelete_subdir=_OUTDATED, single_host_load_and_broadcast=True)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for pattern in ("*.orbax-checkpoint-tmp*", _OUTDATED):
-                for left_behind in self.directory.glob(pattern):
-                    shutil.rmtree(left_behind)
-            options = ocp.CheckpointManagerOptions(todelete_subdir=_OUTDATED)
+            if hosts.is_writer():
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for pattern in ("*.orbax-checkpoint-tmp*", _OUTDATED):
+                    for left_behind in self.directory.glob(pattern):
+                        shutil.rmtree(left_behind)
+            hosts.barrier()
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         except OSError as error:
             raise CheckpointError(f"{self.directory}: cannot hold checkpoints: {error}") from error
@@ -87,8 +95,11 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None or hosts.count() == 1:
+            self.close()
+        else:
+            self._manager.close()  # the others may not come to agree on what is to be kept
 
     def close(self) -> None:
         """Finish the save in progress; raises CheckpointError if it failed."""
@@ -115,7 +126,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, progress: dict[str, Any], *, keep_as_best: bool = False) -> None:
         """Start to write a checkpoint; it counts from the next `wait`, `steps`, `save` or `close` on.
 
-        The arrays are copied before this returns, so the state may be donated to the next update.
+        The arrays are copied to the hosts before this returns, so the state may be donated to the next update.
 
         Args:
             step: greater than that of every checkpoint there.
@@ -129,14 +140,15 @@ class Checkpoints:
         """
         if (there := self.steps()) and there[-1] >= step:
             raise CheckpointError(f"{self.directory}: cannot save step {step} after step {there[-1]}")
-        arrays = _on_host(state)
-        for name, array in arrays.items():
-            if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array).all():
+        arrays = _named(state)
+        found = digests(arrays)
+        for name, digest in found.items():
+            if not digest.finite:
                 raise CheckpointError(f"step {step} is not saved: {name} holds values that are not finite")
         self._delete(self._damaged)  # nothing can be read from them, and their steps come again
         self._damaged = []
         self._require_space(step, sum(array.nbytes for array in arrays.values()))
-        manifest = {"step": step, "best": keep_as_best, "progress": progress, "arrays": _describe(arrays)}
+        manifest = {"step": step, "best": keep_as_best, "progress": progress, "arrays": _describe(arrays, found)}
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(_sealed(manifest)))
         try:
             self._manager.save(step, args=items, force=True)
@@ -198,7 +210,8 @@ class Checkpoints:
         """Move steps aside, then delete them: whenever the process is killed, no half step is left."""
         for step in steps:
             self._manager.delete(step)
-            shutil.rmtree(self.directory / _OUTDATED)
+            if hosts.is_writer():
+                shutil.rmtree(self.directory / _OUTDATED)
 
     def _restore(self, template: TrainState, step: int) -> Restored:
         manifest = self._manifest(step)
@@ -207,34 +220,51 @@ class Checkpoints:
             listed = "".join(f"\n  {line}" for line in differences[:_LISTED])
             more = f"\n  and {len(differences) - _LISTED} more" if len(differences) > _LISTED else ""
             raise CheckpointError(f"{self._path(step)} is not of this model and optimizer:{listed}{more}")
-        plain = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in recorded}
-        arrays = self._read(step, state=ocp.args.PyTreeRestore(restore_args=plain)).state
-        found = _describe(arrays)
-        if changed := [name for name in recorded if found.get(name) != recorded[name]]:
+        arrays, fault = self._read(step, wanted)
+        if faults := list(filter(None, hosts.exchange(fault))):
+            raise DamagedCheckpointError(f"{self._path(step)} is damaged: {faults[0]}")
+        found = _describe(arrays, digests(arrays))
+        if changed := [name for name in recorded if found[name] != recorded[name]]:
             raise DamagedCheckpointError(
-                f"{self._path(step)} is damaged: {changed[0]} does not match its SHA-256"
+                f"{self._path(step)} is damaged: {changed[0]} does not match its digest"
                 + (f", nor do {len(changed) - 1} more" if changed[1:] else "")
             )
-        leaves = [_place(arrays[name], leaf) for name, leaf in wanted.items()]
-        state = jax.tree.unflatten(jax.tree.structure(template), leaves)
+        state = jax.tree.unflatten(jax.tree.structure(template), list(arrays.values()))
         return Restored(step, state, manifest["progress"])
 
     def _manifest(self, step: int) -> dict[str, Any]:
-        manifest = self._read(step, manifest=ocp.args.JsonRestore()).manifest
-        body = {key: value for key, value in manifest.items() if key != "sha256"}
-        if manifest.get("sha256") != _sha256_of_json(body):
-            raise DamagedCheckpointError(f"{self._path(step)} is damaged: its manifest does not match its SHA-256")
-        if body["step"] != step:
-            raise DamagedCheckpointError(f"{self._path(step)} is damaged: it holds step {body['step']}")
+        body, fault = hosts.share(lambda: self._read_manifest(step))
+        if fault:
+            raise DamagedCheckpointError(f"{self._path(step)} is damaged: {fault}")
         return body
 
-    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
+    def _read_manifest(self, step: int) -> tuple[dict[str, Any], str | None]:
+        """The manifest without its SHA-256, or what is wrong with it."""
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            body = json.loads((self._path(step) / "manifest" / "metadata").read_bytes())
+            recorded = body.pop("sha256", None)
+        except (OSError, ValueError, AttributeError) as error:
+            return {}, f"its manifest cannot be read: {error}"
+        if recorded != _sha256_of_json(body):
+            return {}, "its manifest does not match its SHA-256"
+        if body["step"] != step:
+            return {}, f"it holds step {body['step']}"
+        return body, None
+
+    def _read(self, step: int, wanted: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], str | None]:
+        """The arrays as those of the template lie, or why this process cannot read them."""
+        restore = {name: _restore_args(leaf) for name, leaf in wanted.items()}
+        try:
+            read = self._reader.restore(self._path(step) / "state", args=ocp.args.PyTreeRestore(restore_args=restore))
+            return {
+                name: read[name] if leaf.committed else jnp.array(read[name]) for name, leaf in wanted.items()
+            }, None
         except Exception as error:  # Orbax and TensorStore raise anything at a damaged directory
-            raise DamagedCheckpointError(f"{self._path(step)} is damaged: {_reason(error)}") from error
+            return {}, _reason(error)
 
     def _require_space(self, step: int, size: int) -> None:
+        if not hosts.is_writer():
+            return
         free = shutil.disk_usage(self.directory).free
         if free < size + _OVERHEAD:
             raise CheckpointError(
@@ -246,7 +276,7 @@ class Checkpoints:
         return CheckpointError(f"{self._path(step)} could not be written: {_reason(error)}; {self._last_good()}")
 
     def _last_good(self) -> str:
-        there = self.steps()
+        there = sorted(self._manager.all_steps())
         if not there:
             return "there is none before it"
         return f"the checkpoint of step {there[-1]} is there to resume from"
@@ -256,13 +286,12 @@ class Checkpoints:
 
 
 def state_digest(state: TrainState) -> str:
-    """SHA-256 of the trained parameters and the optimizer state: names, dtypes, shapes and bytes.
+    """SHA-256 of names, dtypes, shapes and digests of the trained parameters and of the optimizer state.
 
-    Equal states have equal digests, however they are sharded and ordered.
+    Equal states have equal digests, however they are sharded and ordered. Processes call it together.
     """
-    arrays = _on_host(state)
-    result = {name: arrays[name] for name in arrays if name.startswith(("trained.", "optimizer."))}
-    return _sha256_of_json(_describe(result))
+    result = {name: array for name, array in _named(state).items() if name.startswith(("trained.", "optimizer."))}
+    return _sha256_of_json(_describe(result, digests(result)))
 
 
 def _named(state: TrainState) -> dict[str, jax.Array]:
@@ -273,18 +302,10 @@ def _named(state: TrainState) -> dict[str, jax.Array]:
     return named
 
 
-def _on_host(state: TrainState) -> dict[str, np.ndarray]:
-    return jax.device_get(_named(state))
-
-
-def _describe(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+def _describe(arrays: dict[str, jax.Array], found: dict[str, Digest]) -> dict[str, dict[str, Any]]:
     """What a manifest says of arrays, by name."""
     return {
-        name: {
-            "dtype": str(array.dtype),
-            "shape": list(array.shape),
-            "sha256": hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest(),
-        }
+        name: {"dtype": str(array.dtype), "shape": list(array.shape), "digest": found[name].sums}
         for name, array in arrays.items()
     }
 
@@ -300,11 +321,11 @@ def _differences(recorded: dict[str, dict[str, Any]], wanted: dict[str, jax.Arra
     ]
 
 
-def _place(array: np.ndarray, like: jax.Array) -> jax.Array:
-    """On the devices of `like`; on none in particular where it was not bound to any."""
+def _restore_args(like: jax.Array) -> ocp.RestoreArgs:
+    """On the devices of `like`; on the host where it was not bound to any."""
     if not like.committed:
-        return jnp.array(array)
-    return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=like.sharding, global_shape=like.shape, dtype=like.dtype)
 
 
 def _sealed(body: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from jaxft.hub.resolve import ResolvedModel, resolve_model
 from jaxft.models.config import DecoderConfig, Rope, Source
 from jaxft.models.decoder import Decoder
 from jaxft.models.placement import check_mesh
+from jaxft.sharding.arrays import rows_here
 from jaxft.sharding.mesh import batch_ways, make_mesh
 from jaxft.training.recipe import Recipe
 
@@ -144,6 +145,7 @@ def gather(config: Config) -> Inputs:
         parts=mesh.shape["context"],
         weights=data.weights,
         seed=config.seed,
+        rows=rows_here(mesh, config.micro_batch_size * batch_ways(mesh)),
     )
     total_steps = config.max_steps or max(schedule.steps(config.num_train_epochs), 1)
     if config.warmup_steps >= total_steps:

@@ -44,16 +44,21 @@ class MetricsLog:
     """Appends records to a file and passes them to the sinks; closes both when it is left.
 
     A line that a killed process left unfinished is cut off when the file is opened again.
+
+    Args:
+      path: None for a process that is not the writer: its records go nowhere.
     """
 
-    def __init__(self, path: str | os.PathLike[str], sinks: Sequence[Sink] = ()):
-        self._file = open(path, "a+b")  # noqa: SIM115  (closed on exit)
-        self._file.seek(0)
-        self._file.truncate(len(_finished_lines(self._file.read())))
+    def __init__(self, path: str | os.PathLike[str] | None, sinks: Sequence[Sink] = ()):
         self._sinks = tuple(sinks)
         self._closing = ExitStack()
-        for close in (self._file.close, *(sink.close for sink in self._sinks)):
-            self._closing.callback(close)
+        self._file = None
+        if path is not None:
+            self._file = self._closing.enter_context(open(path, "a+b"))  # noqa: SIM115
+            self._file.seek(0)
+            self._file.truncate(len(_finished_lines(self._file.read())))
+        for sink in self._sinks:
+            self._closing.callback(sink.close)
 
     def __enter__(self) -> Self:
         return self
@@ -71,8 +76,9 @@ class MetricsLog:
         if type(plain.get("step")) is not int:
             raise ValueError(f"metrics record: `step` must be an integer, got {plain.get('step')!r}")
         line = {key: _strict(value) for key, value in plain.items()}
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self._file.flush()
         for sink in self._sinks:
             sink.log(plain)
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any, Self
 
@@ -19,7 +20,8 @@ from jaxft.adapters.attach import sites
 from jaxft.config import Config
 from jaxft.data.loader import Batch, eval_batches, stream
 from jaxft.models.decoder import Decoder
-from jaxft.sharding.mesh import batch_sharding
+from jaxft.sharding.arrays import any_process, place_rows, rows_here
+from jaxft.sharding.hosts import is_writer
 from jaxft.training.checkpoint import CheckpointError, Checkpoints
 from jaxft.training.inputs import Inputs
 from jaxft.training.logging import MetricsLog, Progress
@@ -142,7 +144,7 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
     )
     eval_step = make_eval_step(partition, packed=False)
     learning_rate = learning_rate_schedule(config, inputs.total_steps)
-    place = jax.tree_util.Partial(jax.device_put, device=batch_sharding(inputs.mesh, leading=1))
+    place = partial(place_rows, mesh=inputs.mesh, count=inputs.rows, leading=1)
     batches = stream(inputs.schedule)
     if books.data is not None:
         batches.set_state(books.data)
@@ -201,10 +203,12 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
                 improved = note_evaluation(books, config, step, loss)
                 clock += time.monotonic() - pause
             finished = step == inputs.total_steps or books.stopped_early
-            if improved or finished or stop.requested or is_save(inputs, step, time.monotonic() - saved):
+            overdue = is_writer() and time.monotonic() - saved >= SAVE_SECONDS  # clocks differ
+            stopping, overdue = any_process((stop.requested, overdue), inputs.mesh)
+            if improved or finished or stopping or is_save(inputs, step, overdue):
                 saved = time.monotonic()
                 checkpoints.save(step, state, asdict(books), keep_as_best=improved)
-            if stop.requested and not finished:
+            if stopping and not finished:
                 checkpoints.wait()
                 raise Preempted(step)
 
@@ -224,16 +228,11 @@ def mean_loss(
 ) -> float:
     """Cross-entropy per supervised token over the whole held-out set."""
     total, count = 0.0, 0.0
-    sharding = batch_sharding(inputs.mesh)
-    held_out = eval_batches(
-        inputs.data.eval,
-        batch_size=inputs.rows,
-        max_length=inputs.config.max_length,
-        parts=inputs.mesh.shape["context"],
-    )
-    for batch in held_out:
-        rows = Batch(*(field[0] for field in batch))
-        batch_total, batch_count = eval_step(trained, frozen, jax.device_put(rows, sharding))
+    rows, length, parts = inputs.rows, inputs.config.max_length, inputs.mesh.shape["context"]
+    made = rows_here(inputs.mesh, rows)
+    for batch in eval_batches(inputs.data.eval, batch_size=rows, max_length=length, parts=parts, rows=made):
+        placed = place_rows(Batch(*(field[0] for field in batch)), inputs.mesh, rows)
+        batch_total, batch_count = eval_step(trained, frozen, placed)
         total, count = total + float(batch_total), count + float(batch_count)
     return total / count
 
@@ -247,11 +246,11 @@ def is_evaluation(inputs: Inputs, step: int) -> bool:
     return ends_epoch(inputs, step)
 
 
-def is_save(inputs: Inputs, step: int, seconds: float) -> bool:
+def is_save(inputs: Inputs, step: int, overdue: bool) -> bool:
     """Every `save_steps` updates; or at the end of every epoch, and when the last save is long ago."""
     if inputs.config.save_steps is not None:
         return step % inputs.config.save_steps == 0
-    return ends_epoch(inputs, step) or seconds >= SAVE_SECONDS
+    return ends_epoch(inputs, step) or overdue
 
 
 def ends_epoch(inputs: Inputs, step: int) -> bool:
@@ -277,7 +276,10 @@ def note_evaluation(books: Bookkeeping, config: Config, step: int, loss: float) 
 
 
 class StopSignal(AbstractContextManager):
-    """Turns the first SIGTERM or SIGINT into a request to stop at the next step; the second acts as usual."""
+    """Turns the first SIGTERM or SIGINT into a request to stop at the next step; the second acts as usual.
+
+    Of several processes each has its own; one request stops all.
+    """
 
     def __init__(self):
         self.requested = False
@@ -286,7 +288,7 @@ class StopSignal(AbstractContextManager):
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._request)
+                self._previous[number] = signal.signal(number, self._request) or signal.SIG_DFL  # None: not Python's
         return self
 
     def __exit__(self, *error: object) -> None:

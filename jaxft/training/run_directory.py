@@ -4,6 +4,8 @@
 beside it in `config.yaml`) and what may explain a difference in the last bits (versions, devices). A run
 resumes only where all of the first kind is as it was. A lock, which the kernel releases when its process
 dies, keeps a second run out.
+
+Of several processes the first owns the directory and writes; the others know what it holds.
 """
 
 import fcntl
@@ -21,6 +23,8 @@ from typing import Any, Self
 
 import jax
 import yaml
+
+from jaxft.sharding import hosts
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +55,7 @@ class RunDirectoryError(ValueError):
 
 
 class RunDirectory:
-    """An output directory that this process owns until `close`; made by `open_run`.
+    """An output directory that this run owns until `close`; made by `open_run`.
 
     Attributes:
         path: the directory.
@@ -59,7 +63,7 @@ class RunDirectory:
         resumed: there is a checkpoint to go on from.
     """
 
-    def __init__(self, path: Path, lock: int, record: dict[str, Any], resumed: bool):
+    def __init__(self, path: Path, lock: int | None, record: dict[str, Any], resumed: bool):
         self.path, self.record, self.resumed = path, record, resumed
         self._lock = lock
         self.config_file = path / "config.yaml"
@@ -77,12 +81,14 @@ class RunDirectory:
 
     def close(self) -> None:
         """Let the next run in."""
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def write_run(self, updates: Mapping[str, Any]) -> None:
         """Put these keys into `run.json`, all or none."""
         record = {**self.record, **updates}
-        _replace(self.run_file, (json.dumps(record, indent=2) + "\n").encode())
+        if self._lock is not None:
+            _replace(self.run_file, (json.dumps(record, indent=2) + "\n").encode())
         self.record = record
 
     def finish(self, updates: Mapping[str, Any]) -> None:
@@ -97,7 +103,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: another line is not such an object.
         """
-        if not self.metrics_file.exists():
+        if self._lock is None or not self.metrics_file.exists():
             return
         with open(self.metrics_file, "rb") as file:
             lines = file.readlines()
@@ -135,8 +141,8 @@ def check_vacant(output_dir: str | Path, resume: bool) -> None:
 def open_run(output_dir: str | Path, resume: bool, config_yaml: str, fingerprints: Mapping[str, str]) -> RunDirectory:
     """Take possession of an output directory, for a new run or to go on with the one in it.
 
-    With `resume` and no checkpoint there yet, the run starts from the beginning: a job that may be killed at
-    any time can always ask to resume.
+    All processes of the run call it. With `resume` and no checkpoint there yet, the run starts from the beginning: a
+    job that may be killed at any time can always ask to resume.
 
     Args:
         output_dir: made if missing.
@@ -147,8 +153,21 @@ def open_run(output_dir: str | Path, resume: bool, config_yaml: str, fingerprint
     Raises:
         RunDirectoryError: it belongs to a running process, holds something else, cannot be written, or the
             run in it was started with another config or other fingerprints.
+        HostsError: other processes do not see what process 0 writes there.
     """
     path = Path(output_dir)
+    run = _open(path, resume, config_yaml, dict(fingerprints)) if hosts.is_writer() else None
+    try:
+        record, resumed = hosts.share(lambda: (run.record, run.resumed))
+        hosts.require_shared(path)
+    except BaseException:
+        if run is not None:
+            run.close()
+        raise
+    return run or RunDirectory(path, None, record, resumed)
+
+
+def _open(path: Path, resume: bool, config_yaml: str, fingerprints: dict[str, str]) -> RunDirectory:
     if path.exists() and not path.is_dir():
         raise _not_a_directory(path)
     try:
@@ -162,7 +181,7 @@ def open_run(output_dir: str | Path, resume: bool, config_yaml: str, fingerprint
             f"output_dir {path} cannot be written: {error.strerror}; choose another output_dir"
         ) from error
     try:
-        return _open_locked(path, lock, resume, config_yaml, dict(fingerprints))
+        return _open_locked(path, lock, resume, config_yaml, fingerprints)
     except BaseException:
         os.close(lock)
         raise
@@ -298,11 +317,15 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _flat(part, f"{prefix}{key}.")
 
 
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what a run computes."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+
+
 def _environment() -> dict[str, Any]:
     devices = jax.devices()
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions(),
         "devices": {"kind": devices[0].device_kind, "count": len(devices)},
     }
 

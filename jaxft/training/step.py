@@ -20,6 +20,7 @@ from jaxft.models.experts import load_balancing_loss
 from jaxft.models.remat import HOST
 from jaxft.objectives.cross_entropy import cross_entropy, next_token_targets
 from jaxft.objectives.head import Head
+from jaxft.sharding.arrays import place
 from jaxft.training.state import Partition, Trained, TrainState
 
 
@@ -157,7 +158,7 @@ def initial_state(
     state = TrainState(counters[0], trained, optimizer.init(trained), counters[1], counters[2])
     if mesh is not None:
         whole = NamedSharding(mesh, P())
-        state = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, whole), state)
+        state = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else place(x, whole), state)
     if not offload:
         return state
 

@@ -212,3 +212,23 @@ def test_what_cannot_be_scheduled():
     for packing in (True, False):
         with pytest.raises(ValueError, match="tokens; "):
             schedule(max_length=20, packing=packing)[0]
+
+
+def test_parts_of_the_rows_make_up_the_batches():
+    whole = schedule(micro_batch_size=6, accumulation_steps=2)
+    parts = [schedule(micro_batch_size=6, accumulation_steps=2, rows=rows) for rows in ([0, 1, 4], [2, 3], [5])]
+    assert {part.fingerprint() for part in parts} == {whole.fingerprint()}
+    for step in range(whole.steps(2)):
+        together = [np.concatenate(fields, axis=1) for fields in zip(*(part[step] for part in parts), strict=True)]
+        for field, expected in zip(together, whole[step], strict=True):
+            np.testing.assert_array_equal(field[:, [0, 1, 3, 4, 2, 5]], expected)
+
+
+def test_parts_of_held_out_rows_make_up_the_batches():
+    examples = source(10)
+    options = {"batch_size": 4, "max_length": 64}
+    parts = [list(eval_batches(examples, **options, rows=rows)) for rows in ([0, 3], [1, 2])]
+    for number, whole in enumerate(eval_batches(examples, **options)):
+        for field, *pieces in zip(whole, *(part[number] for part in parts), strict=True):
+            np.testing.assert_array_equal(field[:, [0, 3, 1, 2]], np.concatenate(pieces, axis=1))
+    assert len(parts[0]) == len(parts[1]) == 3

@@ -264,7 +264,7 @@ def replace_the_arrays_by_another_steps(step: Path) -> None:
 @pytest.mark.parametrize(
     "damage, reason",
     [
-        (flip_a_byte_of_the_arrays, f"trained.{Q} does not match its SHA-256$"),
+        (flip_a_byte_of_the_arrays, f"trained.{Q} does not match its digest$"),
         (truncate_the_arrays, "damaged"),
         (lose_the_arrays, "state"),
         (change_the_progress, "manifest does not match its SHA-256"),
@@ -272,7 +272,7 @@ def replace_the_arrays_by_another_steps(step: Path) -> None:
         (lose_the_manifest, "manifest"),
         (empty, "manifest"),
         (replace_by_another_step, "it holds step 2"),
-        (replace_the_arrays_by_another_steps, "does not match its SHA-256, nor do"),
+        (replace_the_arrays_by_another_steps, "does not match its digest, nor do"),
     ],
 )
 def test_a_damaged_step_is_passed_over_and_named(tmp_path, caplog, damage, reason):

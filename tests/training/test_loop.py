@@ -27,7 +27,7 @@ from jaxft.data.tokenized import Tokenized, TokenizedSet
 from jaxft.training.checkpoint import Checkpoints
 from jaxft.training.inputs import gather
 from jaxft.training.logging import read_metrics
-from jaxft.training.loop import SAVE_SECONDS, Bookkeeping, StopSignal, is_evaluation, is_save, note_evaluation
+from jaxft.training.loop import Bookkeeping, StopSignal, is_evaluation, is_save, note_evaluation
 from jaxft.training.optimizer import learning_rate_schedule
 
 CANARY = "hf_" + "canary" * 6
@@ -235,12 +235,12 @@ def test_evaluation_comes_by_steps_or_epochs_and_at_the_end(eval_steps, total_st
 
 @pytest.mark.core
 def test_checkpoints_come_by_steps_or_epochs_and_when_the_last_one_is_old():
-    def saves(seconds: float, **settings) -> list[int]:
-        return [step for step in range(1, 14) if is_save(stub(**settings), step, seconds)]
+    def saves(overdue: bool, **settings) -> list[int]:
+        return [step for step in range(1, 14) if is_save(stub(**settings), step, overdue)]
 
-    assert saves(0.0) == [5, 10]  # epochs of five updates
-    assert saves(0.0, save_steps=4) == saves(1e6, save_steps=4) == [4, 8, 12]
-    assert saves(SAVE_SECONDS) == list(range(1, 14))
+    assert saves(False) == [5, 10]  # epochs of five updates
+    assert saves(False, save_steps=4) == saves(True, save_steps=4) == [4, 8, 12]
+    assert saves(True) == list(range(1, 14))
 
 
 def noted(scores: list[float], patience: int | None) -> tuple[list[bool], Bookkeeping]:
@@ -389,7 +389,7 @@ def test_a_run_whose_loss_stays_nan_is_given_up(settings, tmp_path, capsys):
     for step in (1, 2, 3):
         (manifest,) = (directory / "checkpoints" / str(step) / "manifest").glob("metadata*")
         arrays = json.loads(manifest.read_text())["arrays"]
-        digests.add(tuple(sorted((name, a["sha256"]) for name, a in arrays.items() if "adapter" in name)))
+        digests.add(tuple(sorted((name, a["digest"]) for name, a in arrays.items() if "adapter" in name)))
     assert len(digests) == 1
     assert {path.name for path in (directory / "checkpoints").iterdir()} == {"1", "2", "3"}
 

@@ -1,0 +1,287 @@
+"""Several processes as one run: what they agree on, and how they end together.
+
+Every process runs the same program on the devices of its own host. Process 0 is the writer: it alone prints, logs and
+writes files, but for the checkpoints, of which each process writes the arrays that it holds.
+
+What is computed goes through the devices, in collectives, which wait for ever for a process that does not come. What
+is said here goes through JAX's coordination service, which process 0 hosts, and waits with a limit. Nobody waits for a
+process that is gone: one that fails says so, and the others, who look every second, print its message and end with its
+exit code; one that was killed misses its heartbeats, and JAX ends the others.
+"""
+
+import functools
+import itertools
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from jax._src import distributed  # the client of the coordination service has no public name
+
+from jaxft.sharding.cluster import CONNECT_SECONDS, find
+
+PATIENCE = 6 * 3600
+"""Seconds that processes wait for one that is alive: it may be writing a large model."""
+HEARTBEAT_SECONDS = int(os.environ.get("JAXFT_HEARTBEAT_SECONDS", "60"))
+"""A process that has not been heard of for so long is dead, and the run ends."""
+NOTICE_SECONDS = 30
+"""After so long a process says that it waits for the others to start."""
+FAREWELL_SECONDS = 10
+"""Within these a failure has reached all processes."""
+SHARED_SECONDS = 60
+"""Within these a file that one host writes is seen by the others, on a file system that they share."""
+
+_LISTED = 5
+_FAILED, _LEAVES = "jaxft/failed/", "jaxft/leaves/"
+
+T = TypeVar("T")
+
+
+class HostsError(ValueError):
+    """The processes of a run are not of one mind."""
+
+
+def join() -> None:
+    """Become one of several processes where this is one (see `cluster.find`). Before JAX touches a device.
+
+    Raises:
+        ValueError: the others cannot be reached, or JAX has touched a device.
+    """
+    if _state().client is None:
+        here = find()
+        if here is None:
+            return
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from Python
+        me = f"process {here.process_id} of {here.num_processes}"
+        waits = f"{me} waits for the others at {here.coordinator_address}, {CONNECT_SECONDS} seconds at most"
+        notice = threading.Timer(NOTICE_SECONDS, print, [waits], {"file": sys.stderr, "flush": True})
+        notice.start()  # JAX ends a process that waited in vain, and does not say for what
+        try:
+            jax.distributed.initialize(
+                *here,
+                cluster_detection_method="deactivate",
+                initialization_timeout=CONNECT_SECONDS,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"{me} cannot join the run at {here.coordinator_address}: {str(error).splitlines()[0]}"
+            ) from error
+        finally:
+            notice.cancel()
+        jax.devices()  # backends come up in all processes together, or give up after two minutes
+    _watch()
+
+
+def count() -> int:
+    """Processes of the run."""
+    return _state().num_processes
+
+
+def index() -> int:
+    """Which of them this is, from 0."""
+    return _state().process_id
+
+
+def is_writer() -> bool:
+    return index() == 0
+
+
+def name() -> str:
+    """How messages call this process."""
+    return f"process {index()} of {count()} ({socket.gethostname()})"
+
+
+# What is said
+
+
+def exchange(value: Any) -> list[Any]:
+    """What every process says, as JSON, in their order. All of them call it, in the same order of calls.
+
+    Raises:
+        HostsError: a process did not come in time.
+    """
+    if count() == 1:
+        return [value]
+    number = next(_calls)
+    said, all_said = f"jaxft/said/{number}/", f"jaxft/all/{number}"
+    _client().key_value_set(f"{said}{index()}", json.dumps(value))
+    if is_writer():
+        deadline = time.monotonic() + PATIENCE
+        values = [json.loads(_get(f"{said}{other}", deadline, f"process {other}")) for other in range(count())]
+        _client().key_value_set(all_said, json.dumps(values))
+    return json.loads(_get(all_said, time.monotonic() + PATIENCE + FAREWELL_SECONDS, "process 0"))
+
+
+def share(make: Callable[[], T]) -> T:
+    """What the writer makes, for all; it must be JSON."""
+    return exchange(make() if is_writer() else None)[0]
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    exchange(None)
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Make sure that all processes know the same.
+
+    Raises:
+        HostsError: they do not; says which processes, and what differs.
+    """
+    if count() == 1:
+        return
+    told = exchange([name(), dict(facts)])
+    (first, expected), lines = told[0], []
+    for other, found in told[1:]:
+        for key in {**expected, **found}:
+            theirs, ours = found.get(key, "nothing"), expected.get(key, "nothing")
+            if theirs != ours:
+                lines.append(f"\n  {key}: {theirs} on {other}, {ours} on {first}")
+    if lines:
+        more = f"\n  and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
+        raise HostsError(
+            f"the hosts of this run differ:{''.join(lines[:_LISTED])}{more}\n"
+            "Every host needs the same files, config and versions"
+        )
+
+
+def require_shared(directory: Path) -> None:
+    """Make sure that all processes see the same directory.
+
+    Raises:
+        HostsError: says which do not.
+    """
+    if count() == 1:
+        return
+    path = directory / share(lambda: f".{secrets.token_hex(8)}.tmp")
+    if is_writer():
+        path.touch()
+    barrier()
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    blind = [other for other, sees in exchange([name(), seen]) if not sees]
+    if is_writer():
+        path.unlink()
+    if blind:
+        raise HostsError(
+            f"{directory} is not on a file system that all hosts share: {', '.join(blind[:_LISTED])} "
+            "cannot see there what process 0 writes; choose another output_dir"
+        )
+
+
+# How it ends
+
+
+@contextmanager
+def together(*expected: type[BaseException]) -> Iterator[None]:
+    """Join the run, and if this process fails inside, let the others know. `expected` befalls all of them."""
+    join()
+    try:
+        yield
+    except expected:
+        raise
+    except BaseException as error:
+        fail(f"{type(error).__name__}: {error}")  # while this one may go on, without them
+        raise
+
+
+def part() -> None:
+    """The run is done: wait for the others, then leave them."""
+    if count() == 1 or _state().client is None:
+        return
+    barrier()
+    _leaving.set()
+    jax.distributed.shutdown()
+
+
+def fail(message: str, code: int = 1) -> None:
+    """Tell the others that this process cannot go on; they end with this exit code. Returns when they know."""
+    if count() == 1 or _leaving.is_set():
+        return
+    _leaving.set()
+    _farewell(json.dumps([name(), message, code]))
+
+
+def _farewell(failure: str | None) -> None:
+    """Let process 0 know, with which the service ends; it leaves when all others have left."""
+    client, others = _client(), {*range(count())} - {0}
+    deadline = time.monotonic() + FAREWELL_SECONDS
+
+    def wait_for(leaving: set[int]) -> None:
+        while leaving and time.monotonic() < deadline:
+            leaving = leaving - {int(key.removeprefix(_LEAVES)) for key, _ in client.key_value_dir_get(_LEAVES)}
+            time.sleep(0.2)
+
+    try:
+        if failure is not None:
+            client.key_value_set(f"{_FAILED}{index()}", failure)
+        if not is_writer():
+            wait_for({0})
+        client.key_value_set(f"{_LEAVES}{index()}", "")
+        if is_writer():
+            wait_for(others)
+    except jax.errors.JaxRuntimeError as error:
+        print(f"{name()}: the others cannot be told: {_first_line(error)}", file=sys.stderr)
+
+
+_calls = itertools.count()
+_leaving = threading.Event()
+
+
+@functools.cache
+def _watch() -> None:
+    """Look, from now on and beside everything else, whether another process failed."""
+    threading.Thread(target=_look, name="jaxft-hosts", daemon=True).start()
+
+
+def _look() -> None:
+    lost = 0
+    while not _leaving.wait(1.0):
+        try:
+            failures = _client().key_value_dir_get(_FAILED)
+            lost = 0
+        except jax.errors.JaxRuntimeError as error:
+            lost += 1
+            if lost == 3 and not _leaving.is_set():
+                _end(f"{name()} ends: process 0 does not answer ({_first_line(error)})", 1)
+            continue
+        if failures and not _leaving.wait(1.0):  # it may be about to fail by itself, of the same cause
+            other, message, code = json.loads(failures[0][1])
+            _leaving.set()
+            _farewell(None)
+            _end(f"{name()} ends, because {other} failed: {message}", code)
+
+
+def _end(message: str, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    os._exit(code)  # the main thread may be waiting, on a device, for a process that will not come
+
+
+def _get(key: str, deadline: float, who: str) -> str:
+    milliseconds = max(1, round(1000 * (deadline - time.monotonic())))
+    try:
+        return _client().blocking_key_value_get(key, milliseconds)
+    except jax.errors.JaxRuntimeError as error:
+        raise HostsError(f"{name()} waited for {who} in vain: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _state() -> Any:
+    return distributed.global_state
+
+
+def _client() -> Any:
+    return _state().client
