@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxft.models.linear import Weight
 from jaxft.models.parameter import Parameter
 from jaxft.quantization.qtensor import Format, QTensor, quantize
-from jaxft.sharding.layout import layout_of
+from jaxft.sharding.layout import in_memory, layout_of
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,17 @@ def _add(weight: Weight, x: Weight, position: tuple[jax.Array, ...], storage: St
 
 def finish(weight: Weight, storage: Storage) -> Weight:
     """The parameter, when all its tensors are there. What is given is used up."""
-    if storage.packed is None:
-        return weight
-    return replace(weight, codes=_typed(_declared(weight.codes, storage.packed), storage.packed))
+    if storage.packed is not None:
+        weight = replace(weight, codes=_typed(_declared(weight.codes, storage.packed), storage.packed))
+    if isinstance(weight, QTensor) and jnp.iinfo(weight.codes.dtype).bits == 4:
+        there = in_memory(weight.codes.sharding, weight.ndim)
+        if there != weight.codes.sharding:
+            weight = replace(weight, codes=jax.jit(_as_it_is, out_shardings=there, donate_argnums=0)(weight.codes))
+    return weight
+
+
+def _as_it_is(x: jax.Array) -> jax.Array:
+    return x
 
 
 def _declared(pairs: jax.Array, dtype: jnp.dtype) -> jax.Array:

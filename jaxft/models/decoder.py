@@ -18,14 +18,14 @@ from jax.sharding import NamedSharding
 from jaxft.models.attention import LayerCache, Setting
 from jaxft.models.blockwise import Reach
 from jaxft.models.config import DecoderConfig, LayerSpec, Source
+from jaxft.models.embedding import Embedding
 from jaxft.models.experts import Balance
 from jaxft.models.kernels import Backend, Implementation
 from jaxft.models.layer import Layer, norm
-from jaxft.models.linear import Linear, Weight, matmul
+from jaxft.models.linear import Linear, Weight
 from jaxft.models.parameter import Parameter, declared
 from jaxft.models.remat import Remat, rematerialised
 from jaxft.models.rope import rotary_angles
-from jaxft.sharding.layout import Layout
 from jaxft.sharding.mesh import row_sharding
 
 Make = Callable[[Parameter], Weight]
@@ -38,24 +38,6 @@ class Cache(NamedTuple):
     layers: list[list[LayerCache]]  # [group][position], [repeats, B, S, K, H] each
     segments: jax.Array  # [B, S] int32; -1 where nothing has been written
     length: jax.Array  # tokens written, int32 scalar
-
-
-class Embedding(nnx.Module):
-    """Rows of `weight` [V, D]."""
-
-    def __init__(self, weight: jax.Array):
-        self.weight = nnx.Param(weight)
-        self.layout: Layout | None = None
-
-    def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        weight = self.weight[...]
-        if self.layout is not None:
-            weight = jax.lax.with_sharding_constraint(weight, self.layout.sharding(self.layout.gathered))
-        return jnp.take(weight, tokens, axis=0).astype(dtype)
-
-    def product(self, h: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-        """h Wᵀ, for an output head that shares the embedding's weight."""
-        return matmul(h, self.weight[...], self.layout, out_dtype)
 
 
 class Body(nnx.Module):

@@ -3,7 +3,8 @@
 from jax.sharding import Mesh
 
 from jaxft.models.config import DecoderConfig
-from jaxft.models.decoder import Decoder, Embedding, modules
+from jaxft.models.decoder import Decoder, modules
+from jaxft.models.embedding import Embedding
 from jaxft.models.experts import ExpertLinear
 from jaxft.models.linear import Linear
 from jaxft.quantization.qtensor import QTensor

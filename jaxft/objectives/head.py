@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxft.sharding.layout import names_of
+
 ALIGNED = 128
 """Large chunks have a multiple of so many rows, which suits matrix units."""
 
@@ -54,7 +56,7 @@ class Chunks(NamedTuple):
         """For arrays as they lie on one device, and at most `limit` rows to multiply at a time."""
         cuts = (*head.trained, *head.frozen)
         cut, stored = next((cut, array.shape[0]) for cut, array in zip(cuts, arrays, strict=True) if cut is not None)
-        chunks = cls(head.mesh, _names(cut, 0), stored, 1, 1)
+        chunks = cls(head.mesh, names_of(cut, 0), stored, 1, 1)
         limit = max(1, limit // chunks.parts)
         count = max(-(-stored // (chunks.sharers * limit)), 1 if stored % chunks.sharers == 0 else 2)
         size = -(-stored // (chunks.sharers * count))
@@ -110,38 +112,54 @@ class Chunks(NamedTuple):
                 stored = jax.ShapeDtypeStruct((self.span, *total.shape[1:]), rows.dtype)
                 (rows,) = jax.linear_transpose(partial(self._gathered, cut), stored)(rows)
             if self.mesh is not None:
-                apart = () if cut is None else (name for axis in range(len(cut)) for name in _names(cut, axis))
+                apart = () if cut is None else (name for axis in range(len(cut)) for name in names_of(cut, axis))
                 rows = jax.lax.psum(rows, tuple(set(self.mesh.axis_names).difference(apart)))
             if cut is None:
                 return total + rows.astype(total.dtype)
             rows = (self._slice(total, j).astype(rows.dtype) + rows).astype(total.dtype)
-            bits = jax.lax.dynamic_update_slice_in_dim(_bits(total), _bits(rows), self.start(j), 0)
-            return jax.lax.bitcast_convert_type(bits, total.dtype)
+            return _updated(total, rows, self.start(j))
 
         return tuple(one(*each) for each in zip(totals, rows, cuts, strict=True))
 
     def _slice(self, array: jax.Array, j: jax.Array) -> jax.Array:
-        bits = jax.lax.dynamic_slice_in_dim(_bits(array), self.start(j), self.span)
-        return jax.lax.bitcast_convert_type(bits, array.dtype)
+        return _sliced(array, self.start(j), self.span)
 
     def _gathered(self, cut: P, rows: jax.Array) -> jax.Array:
         """The stored rows of a chunk as this device multiplies them: whole, and its share of them."""
         for axis in range(rows.ndim):
-            if "fsdp" in _names(cut, axis):
+            if "fsdp" in names_of(cut, axis):
                 rows = jax.lax.all_gather(rows, "fsdp", axis=axis, tiled=True)
         if self.sharers == 1:
             return rows
-        if "tensor" in _names(cut, 1):
+        if "tensor" in names_of(cut, 1):
             return jax.lax.all_to_all(rows, "tensor", 0, 1, tiled=True)
         return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index("tensor") * self.size, self.size)
 
 
-def _names(cut: P, axis: int) -> tuple[str, ...]:
-    """The mesh axes that an axis of an array is cut over."""
-    names = cut[axis] if axis < len(cut) else None
-    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
+def _sliced(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """Some rows. On a CPU those of 16-bit numbers as integers: for others XLA converts all of x to float32."""
+
+    def as_integers(x: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(jax.lax.dynamic_slice_in_dim(_bits(x), start, size), x.dtype)
+
+    def as_they_are(x: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, start, size)
+
+    return jax.lax.platform_dependent(x, start, cpu=as_integers, default=as_they_are)
+
+
+def _updated(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+    """x with other rows from `start` on; see `_sliced`."""
+
+    def as_integers(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+        updated = jax.lax.dynamic_update_slice_in_dim(_bits(x), _bits(rows), start, 0)
+        return jax.lax.bitcast_convert_type(updated, x.dtype)
+
+    def as_they_are(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)
+
+    return jax.lax.platform_dependent(x, rows, start, cpu=as_integers, default=as_they_are)
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    """Numbers of 16 bits as integers: for a slice of others, XLA's CPU backend converts the whole array to float32."""
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x

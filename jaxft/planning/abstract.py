@@ -1,8 +1,11 @@
 """The training step of a run, with shapes and shardings in place of arrays, for devices that need not be there."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -14,7 +17,7 @@ from jaxft.models.decoder import Decoder, parameters
 from jaxft.models.placement import bind, check_mesh
 from jaxft.models.remat import HOST
 from jaxft.quantization.qtensor import QTensor
-from jaxft.sharding.layout import layout_of
+from jaxft.sharding.layout import in_memory, layout_of
 from jaxft.sharding.mesh import batch_sharding, batch_ways
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.recipe import Recipe
@@ -77,6 +80,8 @@ def _on(mesh: Mesh, recipe: Recipe) -> Decoder:
         cut = layout_of(parameter.name, parameter.shape, mesh, block).stacked(value.ndim)
         if isinstance(value, QTensor):
             shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), value.specs(cut.spec, mesh))
+            if jnp.iinfo(value.codes.dtype).bits == 4:
+                shardings = replace(shardings, codes=in_memory(shardings.codes, value.ndim))
             variable.set_value(jax.tree.map(_placed, value, shardings))
         else:
             variable.set_value(_placed(value, cut))
@@ -87,7 +92,7 @@ def _on(mesh: Mesh, recipe: Recipe) -> Decoder:
     return model
 
 
-def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | Format) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

@@ -9,7 +9,8 @@ order of preference, and the first that fits is taken.
 
 from dataclasses import dataclass
 
-from jax.sharding import Mesh, NamedSharding
+from jax.experimental import layout as device_layout
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft import rules
@@ -28,7 +29,8 @@ PREFERENCES = (
     (r"(router|shared_expert_gate)\.(weight|bias)$|sinks$", _WHOLE),
     (r"(q|k|v|gate|up)_proj\.weight$", _ROWS),
     (r"(o|down)_proj\.weight$", _COLUMNS),
-    (r"(embed_tokens|embed_positions|lm_head)\.weight$", (*_ROWS, (None, _TENSOR_FSDP))),
+    (r"(embed_tokens|embed_positions)\.weight$", ((None, _TENSOR_FSDP), (None, "fsdp"), *_ROWS)),
+    (r"lm_head\.weight$", (*_ROWS, (None, _TENSOR_FSDP))),
     (r"(q|k|v|gate|up)_proj\.bias$", (("tensor",),)),
     (r"(o|down)_proj\.bias$", _WHOLE),
     (r"norm\.(weight|bias)$", _WHOLE),
@@ -75,6 +77,23 @@ def layout_of(name: str, shape: tuple[int, ...], mesh: Mesh, block: int = 1) -> 
     return Layout(mesh, P(*(None,) * len(shape)))
 
 
+TRANSPOSED_ON = {"tpu"}
+"""Platforms whose memory has 4-bit codes [..., out, in] by columns."""
+
+
+def in_memory(sharding: Sharding, ndim: int) -> Sharding | device_layout.Format:
+    """How 4-bit codes with so many axes lie in the memory of the sharding's devices.
+
+    The scale of a block of columns is spread over it, which costs a TPU nothing where columns do not lie along its
+    lanes. So XLA wants the codes transposed, and gets them so from the start: left to itself, it would copy all codes
+    of the model at the beginning of every step.
+    """
+    if next(iter(sharding.device_set)).platform not in TRANSPOSED_ON:
+        return sharding
+    by_columns = device_layout.Layout(major_to_minor=(*range(ndim - 2), ndim - 1, ndim - 2))
+    return device_layout.Format(by_columns, sharding)
+
+
 def _divides(size: int, parts: int, block: int) -> bool:
     return parts == 1 or size % (parts * block) == 0
 
@@ -87,6 +106,12 @@ def ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
     for axis in (axes,) if isinstance(axes, str) else axes:
         total *= mesh.shape[axis]
     return total
+
+
+def names_of(spec: P, axis: int) -> tuple[str, ...]:
+    """The mesh axes that an axis of an array is cut over."""
+    names = spec[axis] if axis < len(spec) else None
+    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
 
 
 def _without_fsdp(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:

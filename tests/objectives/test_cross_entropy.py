@@ -18,6 +18,7 @@ from jaxft.models.placement import bind
 from jaxft.objectives import cross_entropy as module
 from jaxft.objectives.cross_entropy import cross_entropy, next_token_targets
 from jaxft.objectives.head import Head
+from jaxft.sharding.layout import layout_of
 from jaxft.sharding.mesh import make_mesh
 from jaxft.training.step import head_parts
 
@@ -47,7 +48,8 @@ def make_model(kind: str, vocab_size: int = 53, hidden_size: int = 16, mesh=None
     model = initialize(config, jax.random.key(0), scale=0.7)
     if mesh is not None:
         bind(model, mesh)
-        weight, layout = model.head.weight, model.head.layout
+        weight = model.head.weight
+        layout = model.head.layout = layout_of("lm_head.weight", weight.get_value().shape, mesh)  # tied ones, too
         weight.set_value(jax.device_put(weight.get_value(), layout.sharding(layout.stored)))
     if kind == "bias":
         model.lm_head.bias = nnx.data(nnx.Param(jax.random.normal(jax.random.key(1), (vocab_size,))))
