@@ -57,9 +57,11 @@ class AbstractStep:
 
 
 def bytes_per_device(tree: PyTree) -> int:
-    """Of arrays or their descriptions, those of one device's shards; a 4-bit code takes half a byte."""
+    """Of arrays or their descriptions, those of one device's shards in its own memory; a 4-bit code is half a byte."""
     total = 0
     for leaf in jax.tree.leaves(tree):
+        if leaf.sharding.memory_kind == HOST:
+            continue
         shape = leaf.sharding.shard_shape(leaf.shape)
         info = jnp.iinfo if jnp.issubdtype(leaf.dtype, jnp.integer) else jnp.finfo
         bits = 8 if leaf.dtype == jnp.bool_ else info(leaf.dtype).bits

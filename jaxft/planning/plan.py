@@ -83,8 +83,11 @@ def make_plan(config: Config, decoder: DecoderConfig, topology: Topology) -> Pla
     """Compile the config's step for the machine.
 
     Raises:
-        ValueError: the mesh does not fit the devices, or the model.
+        ValueError: the mesh does not fit the devices, or the model; or `offload` is to be planned for a GPU: JAX
+            compiles for absent GPUs as if they had no host.
     """
+    if config.offload and topology.machine.platform == "cuda":
+        raise ValueError("offload: what goes to the host is not known of GPUs that are not here; plan without it")
     mesh = make_mesh(config.mesh.model_dump(), topology.devices)
     step = AbstractStep(config, decoder, mesh)
     sizes = dict(mesh.shape)

@@ -126,6 +126,19 @@ def test_what_does_not_fit_says_how_much_is_missing(small):
     assert f"does not fit, short by {short:.2f} GiB" in describe(plan)
 
 
+def test_what_is_offloaded_is_not_on_the_device(small):
+    config = load_config(BASE | {"max_length": 128, "adapter": "none", "mesh": {"data": 1}})
+    plans = [
+        make_plan(config.model_copy(update={"offload": offload}), small, topology("cpu:1"))
+        for offload in ([], ["optimizer"])
+    ]
+    assert plans[0].memory.optimizer == pytest.approx(2 * plans[0].memory.gradients, rel=0.01)
+    assert plans[1].memory.optimizer < 100
+    gpu = Topology(machines()["h100"], jax.devices()[:1], 1)
+    with pytest.raises(ValueError, match=r"offload: .* not known of GPUs that are not here"):
+        make_plan(config.model_copy(update={"offload": ["optimizer"]}), small, gpu)
+
+
 def test_meshes_are_those_that_the_model_can_have(small, material):
     config = load_config(BASE | {"max_length": 128})
     found = list(meshes(config, small, 8, host=8))
