@@ -65,7 +65,7 @@ def jaxft_stepper(model_dir: str, dtype: str, quantization: str | None, tokens: 
     from jaxft.adapters.attach import attach
     from jaxft.adapters.targets import LoraConfig
     from jaxft.config import Config
-    from jaxft.data.loader import Batch
+    from jaxft.data.batch import Batch
     from jaxft.models.linear import Adapter
     from jaxft.training.optimizer import make_optimizer
     from jaxft.training.state import Partition

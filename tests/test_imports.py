@@ -1,6 +1,8 @@
 """Which way imports go: every package may use those named here, and nothing else of jaxft."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,12 @@ def test_torch_is_imported_nowhere():
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
         assert not {name for name in imported if name.split(".")[0] in ("torch", "peft", "bitsandbytes")}, path
+
+
+@pytest.mark.core
+def test_the_training_step_takes_few_libraries():
+    """So that it can be measured where there are only jax, flax, optax, numpy, pydantic and pyyaml."""
+    others = "transformers datasets grain orbax torch peft huggingface_hub jinja2 safetensors pyarrow"
+    code = f"import sys, jaxft.planning.plan; print(*set({others.split()}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)
+    assert done.stdout.split() == []

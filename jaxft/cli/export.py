@@ -28,13 +28,13 @@ from jaxft.cli.command import end_of_turn, exit_code
 from jaxft.config import Config
 from jaxft.config_file import load_config
 from jaxft.data.chat import Renderer, load_tokenizer
-from jaxft.hub.load import config_fingerprint, describe_model, eos_token_ids, fingerprint, load_model, open_model
+from jaxft.hub.load import config_fingerprint, eos_token_ids, fingerprint, load_model, open_model
 from jaxft.hub.model_files import config_file, open_files, open_weights, read_config, read_json
 from jaxft.hub.peft import CONFIG_FILE, TENSOR_STEM, load_adapter
 from jaxft.hub.resolve import resolve_model
 from jaxft.hub.save import copy_companions, save_model
 from jaxft.models.config import Source
-from jaxft.models.decoder import Decoder, parameters
+from jaxft.models.decoder import Decoder, describe_model, parameters
 from jaxft.sharding import hosts
 
 DTYPES = ("float32", "bfloat16", "float16")

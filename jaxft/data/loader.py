@@ -17,28 +17,15 @@ import sys
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import grain
 import numpy as np
 
+from jaxft.data.batch import Batch
 from jaxft.data.packing import pack
 from jaxft.data.tokenized import Tokenized, TokenizedSet
 
 _MULTIPLE = 128  # of row lengths without packing, which hardware tiles well
-
-
-class Batch(NamedTuple):
-    """Rows of examples, each array [accum, batch, T].
-
-    segment_ids: 1, 2, ... for the examples of a row, 0 for padding. positions: from 0 within each example.
-    loss_mask: token t is to be predicted from those before it in its segment; never so for a segment's first.
-    """
-
-    tokens: np.ndarray  # int32
-    loss_mask: np.ndarray  # bool
-    segment_ids: np.ndarray  # int32
-    positions: np.ndarray  # int32
 
 
 class Schedule:

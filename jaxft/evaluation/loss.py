@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from jaxft.data.loader import Batch, eval_batches
+from jaxft.data.batch import Batch
+from jaxft.data.loader import eval_batches
 from jaxft.data.tokenized import TokenizedSet
 from jaxft.models.decoder import Decoder
 from jaxft.models.linear import Adapter

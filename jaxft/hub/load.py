@@ -20,14 +20,12 @@ from jaxft.hub.resolve import resolve_model
 from jaxft.hub.stack import Storage
 from jaxft.hub.stream import load_weights
 from jaxft.models.config import DecoderConfig, Source
-from jaxft.models.decoder import Decoder, Remat, describe, parameters
+from jaxft.models.decoder import Decoder, Remat, describe, is_quantized, parameters
 from jaxft.models.hf_config import decoder_config
 from jaxft.models.kernels import Implementation
-from jaxft.models.linear import Weight
-from jaxft.models.parameter import Parameter
 from jaxft.models.placement import bind, check_mesh
 from jaxft.quantization.formats import parse_format
-from jaxft.quantization.qtensor import Format, quantize
+from jaxft.quantization.qtensor import Format
 
 IGNORED = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 """Endings of tensors that old checkpoints carry and that are derived from the config."""
@@ -130,21 +128,6 @@ def announce(config: DecoderConfig, weights: Weights, form: Format | None, dtype
         say(f"{weights.directory}: of this {config.part_of} model only the part for text is loaded")
     inside = [parameter for parameter, _ in parameters(describe(config)) if is_quantized(parameter)]
     tell(weights, form, dtype, [name for parameter in inside for name in parameter.names])
-
-
-def describe_model(config: DecoderConfig, dtype: str, form: Format | None) -> Decoder:
-    """What `load_model` would give, without memory: `jax.ShapeDtypeStruct`s in place of arrays."""
-
-    def make(parameter: Parameter) -> Weight:
-        value = jnp.zeros(parameter.stacked_shape, jnp.dtype(dtype))
-        return quantize(value, form) if form and is_quantized(parameter) else value
-
-    return describe(config, make)
-
-
-def is_quantized(parameter: Parameter) -> bool:
-    """Quantization is for the matmuls inside the layers; embedding, output head, norms and biases stay as they are."""
-    return parameter.name.endswith("_proj.weight")
 
 
 def check_tensors(checkpoint: Weights, config: DecoderConfig) -> None:

@@ -26,6 +26,7 @@ from jaxft.models.linear import Linear, Weight
 from jaxft.models.parameter import Parameter, declared
 from jaxft.models.remat import Remat, rematerialised
 from jaxft.models.rope import rotary_angles
+from jaxft.quantization.qtensor import Format, quantize
 from jaxft.sharding.mesh import row_sharding
 
 Make = Callable[[Parameter], Weight]
@@ -242,6 +243,21 @@ def describe(config: DecoderConfig, make: Make | None = None) -> Decoder:
     """The model without memory: every parameter is what `make` gives under `jax.eval_shape`, float32 by default."""
     make = make or (lambda parameter: jnp.zeros(parameter.stacked_shape, jnp.float32))
     return Decoder(config, lambda parameter: jax.eval_shape(lambda: make(parameter)), jnp.float32)
+
+
+def describe_model(config: DecoderConfig, dtype: str, form: Format | None) -> Decoder:
+    """What `load_model` would give, without memory: `jax.ShapeDtypeStruct`s in place of arrays."""
+
+    def make(parameter: Parameter) -> Weight:
+        value = jnp.zeros(parameter.stacked_shape, jnp.dtype(dtype))
+        return quantize(value, form) if form and is_quantized(parameter) else value
+
+    return describe(config, make)
+
+
+def is_quantized(parameter: Parameter) -> bool:
+    """Quantization is for the matmuls inside the layers; embedding, output head, norms and biases stay as they are."""
+    return parameter.name.endswith("_proj.weight")
 
 
 def initialize(config: DecoderConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32, scale: float = 0.02) -> Decoder:

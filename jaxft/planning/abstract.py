@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.adapters.attach import sites
 from jaxft.config import Config
-from jaxft.data.loader import Batch
+from jaxft.data.batch import Batch
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder, parameters
 from jaxft.models.placement import bind, check_mesh

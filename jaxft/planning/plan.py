@@ -107,7 +107,7 @@ def make_plan(config: Config, decoder: DecoderConfig, topology: Topology) -> Pla
         topology,
         config,
         sizes,
-        _memory(step, compiled, short),
+        memory_of(step, compiled, short),
         seconds,
         program,
         done,
@@ -116,7 +116,8 @@ def make_plan(config: Config, decoder: DecoderConfig, topology: Topology) -> Pla
     )
 
 
-def _memory(step: AbstractStep, compiled: jax.stages.Compiled | None, wanted: int | None) -> Memory:
+def memory_of(step: AbstractStep, compiled: jax.stages.Compiled | None, wanted: int | None = None) -> Memory:
+    """What the compiled step takes, or, where the compiler gave up, the total that it wanted."""
     trained = bytes_per_device(step.state.trained)
     optimizer = bytes_per_device(step.state.optimizer)
     full = step.config.adapter == "none"

@@ -18,7 +18,8 @@ from flax import nnx
 
 from jaxft.adapters.attach import sites
 from jaxft.config import Config
-from jaxft.data.loader import Batch, eval_batches, stream
+from jaxft.data.batch import Batch
+from jaxft.data.loader import eval_batches, stream
 from jaxft.models.decoder import Decoder
 from jaxft.sharding.arrays import any_process, place_rows, rows_here
 from jaxft.sharding.hosts import is_writer

@@ -10,10 +10,8 @@ from jax.sharding import Mesh
 from jaxft.adapters.attach import attach
 from jaxft.adapters.targets import LoraConfig
 from jaxft.config import Config
-from jaxft.hub.load import describe_model
-from jaxft.hub.peft import load_adapter
 from jaxft.models.config import DecoderConfig, Source
-from jaxft.models.decoder import Decoder
+from jaxft.models.decoder import Decoder, describe_model
 from jaxft.models.kernels import Backend, summary
 from jaxft.models.linear import Adapter
 from jaxft.models.remat import Remat
@@ -89,6 +87,8 @@ class Recipe:
         if c.adapter_name_or_path is None:
             adapted = jax.eval_shape(lambda base: attach(base, self.lora, jax.random.key(0)), model)
         else:
+            from jaxft.hub.peft import load_adapter  # with the libraries of the hub, which nothing else here takes
+
             model.source = source
             adapted = jax.eval_shape(lambda base: load_adapter(base, c.adapter_name_or_path), model)
         head = adapted.lm_head

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxft.data.loader import Batch
+from jaxft.data.batch import Batch
 from jaxft.models.decoder import Decoder, project
 from jaxft.models.experts import load_balancing_loss
 from jaxft.models.remat import HOST

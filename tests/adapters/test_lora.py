@@ -15,7 +15,7 @@ from jaxft.adapters.lora import LoRA, LoraSpec, row_squares
 from jaxft.adapters.merge import merge
 from jaxft.adapters.targets import LoraConfig
 from jaxft.config import Config
-from jaxft.data.loader import Batch
+from jaxft.data.batch import Batch
 from jaxft.models.linear import Adapter, Linear
 from jaxft.quantization.formats import parse_format
 from jaxft.quantization.qtensor import quantize

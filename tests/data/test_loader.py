@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxft.data.loader import Batch, Schedule, eval_batches, stream
+from jaxft.data.batch import Batch
+from jaxft.data.loader import Schedule, eval_batches, stream
 from jaxft.data.packing import pack
 from jaxft.data.tokenized import Tokenized, TokenizedSet
 

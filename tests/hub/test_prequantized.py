@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 from jaxft.hub.checkpoint import Checkpoint, write_checkpoint
-from jaxft.hub.load import describe_model, fingerprint, load_model, read_json
+from jaxft.hub.load import fingerprint, load_model, read_json
 from jaxft.hub.prequantized import METHODS, open_directory
 from jaxft.hub.save import save_model
+from jaxft.models.decoder import describe_model
 from jaxft.models.hf_config import decoder_config
 from jaxft.sharding.mesh import make_mesh
 

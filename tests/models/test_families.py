@@ -11,7 +11,7 @@ import pytest
 import jaxft
 from jaxft.adapters.attach import Factors, attach, attach_factors, factors_of
 from jaxft.adapters.targets import LoraConfig
-from jaxft.data.loader import Batch
+from jaxft.data.batch import Batch
 from jaxft.generation.generate import generate
 from jaxft.hub.peft_experts import unflat
 from jaxft.models.hf_config import decoder_config

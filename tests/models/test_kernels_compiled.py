@@ -12,6 +12,8 @@ from jaxft.models.remat import rematerialised
 from jaxft.planning.machines import PlanError, topology
 from jaxft.sharding.mesh import BATCH_AXES, make_mesh
 
+pytestmark = pytest.mark.ahead
+
 
 def compiled(machine: str, length: int, heads: int, kv_heads: int, head_dim: int, segmented: bool, rule: Rule, remat):
     """Text of attention and its gradients on a mesh of four by context=2, as `auto` has it."""

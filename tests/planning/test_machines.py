@@ -48,14 +48,15 @@ def test_a_compiler_that_is_not_installed(monkeypatch, name, extra):
 
 @pytest.fixture
 def tpu():
-    pytest.importorskip("libtpu", reason="needs the extra tpu")
+    pytest.importorskip("libtpu", reason="install its compiler: the extra tpu")
 
 
 @pytest.fixture
 def cuda():
-    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the extra cuda13")
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="install its compiler: the extra cuda13")
 
 
+@pytest.mark.ahead
 @pytest.mark.parametrize(
     "name, count, slices", [("v5e:1x1", 1, 1), ("v5e:2x4", 8, 1), ("v5p:2x2x4", 16, 1), ("2*v6e:2x2", 8, 2)]
 )
@@ -66,11 +67,13 @@ def test_slices_of_tpus(tpu, name, count, slices):
     assert {device.platform for device in found.devices} == {"tpu"}
 
 
+@pytest.mark.ahead
 def test_a_slice_that_there_is_not(tpu):
     with pytest.raises(PlanError, match="v5e:3x3 is no slice that there is"):
         topology("v5e:3x3")
 
 
+@pytest.mark.ahead
 @pytest.mark.parametrize("name, count, hosts", [("l4:1", 1, 1), ("h100:8", 8, 1), ("h100:16", 16, 2)])
 def test_hosts_with_gpus(cuda, name, count, hosts):
     found = topology(name)
@@ -79,6 +82,7 @@ def test_hosts_with_gpus(cuda, name, count, hosts):
     assert found.devices[0].device_kind == machines()[name.partition(":")[0]].cuda["name"]
 
 
+@pytest.mark.ahead
 @pytest.mark.parametrize("name", ["h100:12", "h100:2x4", "2*h100:8"])
 def test_numbers_of_gpus_that_no_hosts_have(cuda, name):
     with pytest.raises(PlanError, match="8"):

@@ -9,7 +9,7 @@ import pytest
 import jaxft
 from jaxft.adapters.attach import attach
 from jaxft.adapters.targets import LoraConfig
-from jaxft.data.loader import Batch
+from jaxft.data.batch import Batch
 from jaxft.generation.generate import generate
 from jaxft.models.hf_config import decoder_config
 from jaxft.models.linear import Adapter

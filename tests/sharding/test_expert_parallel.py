@@ -8,7 +8,7 @@ from flax import nnx
 import jaxft
 from jaxft.adapters.attach import attach, attach_factors, factors_of
 from jaxft.adapters.targets import LoraConfig
-from jaxft.data.loader import Batch
+from jaxft.data.batch import Batch
 from jaxft.models.hf_config import decoder_config
 from jaxft.models.linear import Adapter
 from jaxft.models.placement import check_mesh

@@ -10,7 +10,7 @@ import jaxft
 from jaxft.adapters.attach import attach
 from jaxft.adapters.targets import LoraConfig
 from jaxft.config import Config
-from jaxft.data.loader import Batch
+from jaxft.data.batch import Batch
 from jaxft.models.linear import Adapter
 from jaxft.sharding.mesh import batch_sharding, make_mesh
 from jaxft.training.optimizer import make_optimizer

@@ -11,7 +11,7 @@ import jaxft
 from jaxft.adapters.attach import attach, factors_of
 from jaxft.adapters.targets import LoraConfig
 from jaxft.config import Config
-from jaxft.data.loader import Batch
+from jaxft.data.batch import Batch
 from jaxft.models.linear import Adapter
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import Partition

@@ -20,7 +20,7 @@ from jaxft.adapters import lora
 from jaxft.adapters.attach import attach
 from jaxft.adapters.targets import LoraConfig
 from jaxft.config import Config
-from jaxft.data.loader import Batch
+from jaxft.data.batch import Batch
 from jaxft.models.linear import Adapter
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import Partition, TrainState
