@@ -21,7 +21,6 @@ for i in "${!hosts[@]}"; do
         cd '$PWD' && echo \$\$ >/tmp/jaxft-$NAME-$i.pid
         export PYTHONUNBUFFERED=1 HF_HOME='$PWD/.cache/huggingface' JAX_COMPILATION_CACHE_DIR='$PWD/.cache/jax'
         export JAX_COORDINATOR_ADDRESS=${hosts[0]}:$PORT JAX_NUM_PROCESSES=${#hosts[@]} JAX_PROCESS_ID=$i
-        export JAX_PARTITION_INDEX=0 # see docs/launching.md, Mesh
         exec .venv/bin/python scripts/train.py --config '$CONFIG' resume_from_checkpoint=true \
             output_dir='runs/$NAME' mesh.data=-1 mesh.fsdp=1" &
     pids+=($!)
