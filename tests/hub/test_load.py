@@ -4,12 +4,18 @@ import json
 import shutil
 from pathlib import Path
 
+import chex
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
+from jaxft.generation.generate import generate
 from jaxft.hub.checkpoint import Checkpoint, write_checkpoint
 from jaxft.hub.load import eos_token_ids, load_model, read_json
+from jaxft.sharding.mesh import make_mesh
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16", "float64", "nonsense"])
@@ -89,3 +95,30 @@ def test_codes_are_no_values(chat_model, tmp_path, dtype):
     directory = changed(chat_model(), tmp_path / "m", lambda t: t.update({name: t[name].astype(dtype)}))
     with pytest.raises(ValueError, match=rf"1 no values but codes.*quantization_config.*: {name} \({np.dtype(dtype)}"):
         load_model(directory)
+
+
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 2, "tensor": 2}])
+def test_codes_by_columns_are_the_same_codes(chat_model, monkeypatch, mesh):
+    """As on a TPU, which wants them so: in memory they are transposed, and every function takes them as they are."""
+    mesh = mesh and make_mesh(mesh, jax.devices()[:4])
+    tokens = np.random.default_rng(0).integers(0, 32, (4, 8)).astype(np.int32)
+    directory, models = chat_model(), {}
+    for platforms in ({"tpu"}, {"cpu"}):
+        monkeypatch.setattr("jaxft.sharding.layout.TRANSPOSED_ON", platforms)
+        models[platforms.pop()] = load_model(directory, "float32", "nf4", mesh)
+    plain, transposed = models["tpu"], models["cpu"]
+    codes = transposed.model.layers[0][0].mlp.up_proj.weight.get_value().codes
+    assert codes.format.layout.major_to_minor == (0, 2, 1)
+    assert codes.sharding == plain.model.layers[0][0].mlp.up_proj.weight.get_value().codes.sharding
+    chex.assert_trees_all_equal(*(nnx.to_pure_dict(nnx.state(model)) for model in (plain, transposed)))
+
+    @jax.jit
+    def loss(h, model):
+        return jnp.sum(model.unembed(model.hidden(tokens) * h) ** 2)
+
+    for model in (plain, transposed):
+        model.remat = "full"
+    expected, found = (jax.value_and_grad(loss)(jnp.float32(1.0), model) for model in (plain, transposed))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)
+    written = [generate(model, [tokens[0]], max_new_tokens=4, eos_ids=[]) for model in (plain, transposed)]
+    assert written[0] == written[1]
