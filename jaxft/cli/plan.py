@@ -6,9 +6,11 @@ config.json is read, of the data nothing: rows are taken to be `max_length` long
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
-from jaxft.cli.command import exit_code
+import jax
+
 from jaxft.config_file import load_config
 from jaxft.hub.model_files import read_config
 from jaxft.hub.resolve import resolve_model
@@ -28,9 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the config")
     parsed = parser.parse_intermixed_args(arguments)
-    fits: list[bool] = []
-    code = exit_code(lambda: fits.append(_plan(parsed)))
-    return code or int(not fits[0])
+    jax.config.update("jax_enable_compilation_cache", False)  # how long the compiler takes is part of the plan
+    try:
+        return int(not _plan(parsed))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _plan(parsed: argparse.Namespace) -> bool:
@@ -45,9 +50,7 @@ def _plan(parsed: argparse.Namespace) -> bool:
         print(HEADING)
     found = search(config, decoder, machine, say=say)
     if found.best is None:
-        if parsed.json:
-            return _show(min(found.tried, key=lambda plan: plan.memory.total), True)
-        print("nothing that was tried fits")
+        print(json.dumps({"fits": False}) if parsed.json else "nothing fits")
         return False
     _show(found.best, parsed.json, lead="\n")
     if not parsed.json:

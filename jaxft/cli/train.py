@@ -68,7 +68,7 @@ def train(config: str | Path | Mapping[str, Any], **overrides: Any) -> TrainResu
     as_json = partial(json.dumps, ensure_ascii=False, default=os.fspath)
     words = [f"{key}={as_json(value)}" for key, value in overrides.items()]
     prepare()
-    with hosts.together(Preempted):
+    with hosts.together(Preempted, NonFiniteLossError):
         return run(load_config(config, words), _plain_console())
 
 

@@ -23,7 +23,7 @@ _CALLED = re.compile(
 )
 _NO_BUFFER = {  # what only names, or passes on, a buffer that something else made
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "copy-done",
-    "optimization-barrier", "after-all", "partition-id", "iota", "broadcast", "all-gather-done", "all-reduce-done",
+    "optimization-barrier", "after-all", "partition-id", "all-gather-done", "all-reduce-done",
     "collective-permute-done", "async-done", "async-update",
 }  # fmt: skip
 

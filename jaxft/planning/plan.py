@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxft.config import Config
 from jaxft.models.config import DecoderConfig
@@ -47,7 +48,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.topology.machine.capacity
+        return self.program is not None and self.memory.total <= self.topology.machine.capacity
 
     @property
     def devices(self) -> int:
@@ -143,13 +144,7 @@ def _total_wanted(error: jax.errors.JaxRuntimeError) -> int:
 
 
 def slow_axes(mesh: jax.sharding.Mesh, topology: Topology) -> set[str]:
-    """Axes along which devices of different slices (or hosts with GPUs) meet."""
-    if topology.slices == 1:
-        return set()
-    part = mesh.size // topology.slices
-    found, stride = set(), mesh.size
-    for axis, size in mesh.shape.items():
-        if stride > part and size > 1:
-            found.add(axis)
-        stride //= size
-    return found
+    """Axes along which devices of different slices of TPUs, or of different hosts with GPUs, meet."""
+    part = "process_index" if topology.machine.platform == "cuda" else "slice_index"
+    where = np.vectorize(lambda device: getattr(device, part, 0), otypes=[int])(mesh.devices)
+    return {name for axis, name in enumerate(mesh.axis_names) if (np.diff(where, axis=axis) != 0).any()}

@@ -29,7 +29,7 @@ PREFERENCES = (
     (r"(router|shared_expert_gate)\.(weight|bias)$|sinks$", _WHOLE),
     (r"(q|k|v|gate|up)_proj\.weight$", _ROWS),
     (r"(o|down)_proj\.weight$", _COLUMNS),
-    (r"(embed_tokens|embed_positions)\.weight$", ((None, _TENSOR_FSDP), (None, "fsdp"), *_ROWS)),
+    (r"(embed_tokens|embed_positions)\.weight$", ((None, _TENSOR_FSDP), (None, "fsdp"), (None, "tensor"))),
     (r"lm_head\.weight$", (*_ROWS, (None, _TENSOR_FSDP))),
     (r"(q|k|v|gate|up)_proj\.bias$", (("tensor",),)),
     (r"(o|down)_proj\.bias$", _WHOLE),

@@ -41,7 +41,7 @@ FREE_KEYS = {
 }
 """Config keys that a resumed run may change: they decide what is reported and kept, never what is learned."""
 
-ROUNDING_KEYS = {"mesh", "offload", "remat", "scan_layers"}
+ROUNDING_KEYS = {"attn_implementation", "mesh", "offload", "remat", "scan_layers"}
 """May change, too: the same sums in another order. The result is equal up to rounding; the log says so."""
 
 _PACKAGES = ("jaxft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

@@ -224,6 +224,7 @@ MEASURED = """
     import sys
     import jax
     import jaxft
+    import jaxft.cli.train  # and all libraries, which are imported where they are first needed
     from jaxft.models.decoder import parameters
     from jaxft.quantization.qtensor import QTensor
 
