@@ -58,6 +58,8 @@ def main() -> None:
             sys.exit(f"{path}: no line `# Plan for MACHINE, ...` in its header")
         config = load_config(path)
         plan = make_plan(config, model_of(config, parsed.models), topology(found[1]))
+        if not plan.fits:
+            sys.exit(f"{path}: does not fit {found[1]}\n{lines(plan)}")
         print(f"{path} on {found[1]}, compiled in {plan.compile_seconds:.0f} s\n{lines(plan)}", flush=True)
         path.write_text(text[: found.start(2)] + lines(plan) + text[found.end(2) :])
 

@@ -14,6 +14,7 @@ from jaxft.config_file import load_config
 from jaxft.models.hf_config import decoder_config
 from jaxft.planning.abstract import AbstractStep
 from jaxft.planning.cost import Times, Work
+from jaxft.planning.hlo import Program
 from jaxft.planning.machines import Topology, machines, topology
 from jaxft.planning.plan import Memory, Plan, make_plan
 from jaxft.planning.report import config_lines, describe
@@ -160,7 +161,17 @@ def planned(monkeypatch):
         memory = Memory(0, 0, 0, 0, 0, (1 + config.micro_batch_size) << 20)
         seconds = Times(1 + 1 / config.micro_batch_size, 0, 0, 0)
         mesh = config.mesh.model_dump()
-        return Plan(topology, config, mesh, memory, 0.0, None, Work(1, 1, 1), seconds, config.micro_batch_size * 1000)
+        return Plan(
+            topology,
+            config,
+            mesh,
+            memory,
+            0.0,
+            Program({}, {}, frozenset()),
+            Work(1, 1, 1),
+            seconds,
+            config.micro_batch_size * 1000,
+        )
 
     monkeypatch.setattr("jaxft.planning.search.make_plan", make)
 
