@@ -11,9 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: compilers for others look for no devices
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and the runs that tests start share what was compiled
-    compiled = tempfile.TemporaryDirectory(prefix="jaxft-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 
 import chex
 

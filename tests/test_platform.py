@@ -8,25 +8,29 @@ import pytest
 
 SCRIPT = """
 import os
-from jaxft.platform import prepare
-prepare()
+import jaxft.platform
+jaxft.platform.find_spec = lambda name: name == os.environ.get("PLUGIN")
+jaxft.platform.prepare()
 import jax
 print(jax.config.jax_compilation_cache_dir, os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"])
-jax.jit(lambda x: sum((x @ x + i for i in range(300)), x))(jax.numpy.ones((8, 8))).block_until_ready()
 """
+KEPT_IN_HOME = {"PLUGIN": "libtpu", "JAX_PLATFORMS": ""}
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"JAX_COMPILATION_CACHE_DIR": "elsewhere", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}]
+    "given, directory, fraction",
+    [
+        ({"JAX_PLATFORMS": ""}, "None", "0.92"),  # there is no compiler but that for CPUs
+        ({"PLUGIN": "libtpu", "JAX_PLATFORMS": "cpu"}, "None", "0.92"),
+        (KEPT_IN_HOME, "{home}/.cache/jaxft/xla", "0.92"),
+        (KEPT_IN_HOME | {"JAX_COMPILATION_CACHE_DIR": "there"}, "there", "0.92"),
+        ({"JAX_PLATFORMS": "cpu", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, "None", "0.5"),
+    ],
 )
-def test_settings(tmp_path, given):
+def test_settings(tmp_path, given, directory, fraction):
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_COMPILATION", "XLA_PYTHON"))}
-    home = {"HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    given = {key: str(tmp_path / value) if "DIR" in key else value for key, value in given.items()}
+    environment = kept | {"HOME": str(tmp_path)} | given
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=kept | home | given, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120, check=True
     )
-    directory, fraction = done.stdout.split()
-    assert directory == given.get("JAX_COMPILATION_CACHE_DIR", str(tmp_path / ".cache" / "jaxft" / "xla"))
-    assert fraction == given.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    assert any(name.endswith("-cache") for name in os.listdir(directory))
+    assert done.stdout.split() == [directory.format(home=tmp_path), fraction]
