@@ -28,7 +28,8 @@ class Embedding(nnx.Module):
         weight = self.weight[...]
         if self.layout is None:
             return jnp.take(weight, tokens, axis=0).astype(dtype)
-        mesh, cut = self.layout.mesh, names_of(self.layout.stored, 1)
+        mesh = self.layout.mesh
+        cut = [name for name in names_of(self.layout.stored, 1) if mesh.shape[name] > 1]
         if not cut or tokens.shape[0] % batch_ways(mesh):
             weight = jax.lax.with_sharding_constraint(weight, self.layout.sharding(self.layout.gathered))
             return jnp.take(weight, tokens, axis=0).astype(dtype)

@@ -127,7 +127,7 @@ class Chunks(NamedTuple):
     def _gathered(self, cut: P, rows: jax.Array) -> jax.Array:
         """The stored rows of a chunk as this device multiplies them: whole, and its share of them."""
         for axis in range(rows.ndim):
-            if "fsdp" in names_of(cut, axis):
+            if "fsdp" in names_of(cut, axis) and self.mesh.shape["fsdp"] > 1:
                 rows = jax.lax.all_gather(rows, "fsdp", axis=axis, tiled=True)
         if self.sharers == 1:
             return rows
