@@ -41,6 +41,8 @@ from typing import Any
 
 from gpu_step import Row, Sizes, flops_per_token, machine_of
 
+from jaxft.platform import GPU_MEMORY
+
 GIB = 1 << 30
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft", "bitsandbytes", "flash-attn")
 
@@ -73,7 +75,7 @@ def run(row: Row, sizes: Sizes, machine: str, steps: int, seconds: float) -> dic
     """What a process of its own found of a row; a `note` where it did not end well."""
     told = {"row": row, "sizes": sizes, "machine": machine, "steps": steps}
     command = [sys.executable, Path(__file__).with_name("gpu_step.py"), json.dumps(told)]
-    setting = {"JAX_ENABLE_COMPILATION_CACHE": "0", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+    setting = {"JAX_ENABLE_COMPILATION_CACHE": "0", "XLA_PYTHON_CLIENT_MEM_FRACTION": str(GPU_MEMORY)}
     found = row._asdict()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=os.environ | setting)

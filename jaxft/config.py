@@ -116,7 +116,9 @@ class MeshConfig(_Section):
     data: int = Field(-1, description="Groups that each hold the whole model and their own rows; -1 = the rest.")
     fsdp: int = Field(1, description="Devices that split rows and also weights (ZeRO-3); -1 = the rest.")
     expert: int = Field(1, description="Devices that split rows and share out the experts of a layer; -1 = the rest.")
-    context: int = Field(1, description="Devices that split the tokens of each row (sequence parallelism).")
+    context: int = Field(
+        1, description="Devices that split the tokens of each row (sequence parallelism); -1 = the rest."
+    )
     tensor: int = Field(1, description="Devices that split every matrix product; -1 = the rest.")
 
     @model_validator(mode="before")

@@ -26,8 +26,22 @@ import pytest  # noqa: E402
 from jaxft.hub.checkpoint import write_checkpoint  # noqa: E402
 from jaxft.models.decoder import describe, parameters  # noqa: E402
 from jaxft.models.hf_config import decoder_config  # noqa: E402
+from jaxft.planning.machines import CompilerMissingError, Topology, topology  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def machine() -> Callable[[str], Topology]:
+    """`machine("h100:8")`: devices to compile for; skips where their compiler is not installed."""
+
+    def find(name: str) -> Topology:
+        try:
+            return topology(name)
+        except CompilerMissingError as error:
+            pytest.skip(str(error))
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from jaxft.config_file import load_config
 from jaxft.hub.model_files import read_json
 from jaxft.models.decoder import describe, parameters
 from jaxft.models.hf_config import decoder_config
-from jaxft.planning.machines import PlanError, topology
 from jaxft.planning.plan import GIB, make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -28,15 +27,6 @@ MODELS = {
 FLOATS = ("bf16", "f16", "f32")
 
 
-def machine_of(name):
-    try:
-        return topology(name)
-    except PlanError as error:
-        if "install its compiler" in str(error):
-            pytest.skip(str(error))
-        raise
-
-
 def test_there_is_a_config_for_every_machine_that_people_have():
     machines = {re.search(r"# Plan for (\S+),", path.read_text())[1] for path in CONFIGS}
     assert machines >= {"rtx4090:1", "h100:1", "h100:8", "h200:1", "v5e:1x1", "v5e:2x4", "v5e:4x4", "t4:1"}
@@ -45,14 +35,14 @@ def test_there_is_a_config_for_every_machine_that_people_have():
 @pytest.mark.slow
 @pytest.mark.ahead
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_fits_its_machine(path, material):
+def test_a_config_fits_its_machine(path, material, machine):
     text, given = path.read_text(), load_config(path)
     name = re.search(r"# Plan for (\S+),", text)[1]
     promised = float(re.search(r"^#     total +([\d.]+) of", text, re.MULTILINE)[1])
     decoder = decoder_config(read_json(material / "configs" / MODELS[given.model_name_or_path]))
     # A little shorter, so that the length of a row is no other size of the model.
     config = given.model_copy(update={"max_length": given.max_length - 256})
-    plan = make_plan(config, decoder, machine_of(name))
+    plan = make_plan(config, decoder, machine(name))
     assert plan.fits
     assert 0.8 * promised < plan.memory.total / GIB < 1.05 * promised
 
@@ -78,14 +68,14 @@ def test_a_config_fits_its_machine(path, material):
 
 @pytest.mark.slow
 @pytest.mark.ahead
-def test_compiling_takes_no_longer_for_a_deep_model(material):
+def test_compiling_takes_no_longer_for_a_deep_model(material, machine):
     """Llama-3.1-70B with its 80 layers, and with 8 of them: layers are compiled once, whatever their number."""
     raw = read_json(material / "configs" / MODELS["meta-llama/Llama-3.1-70B-Instruct"])
     config = load_config(ROOT / "configs" / "llama3.1-70b_qlora_8xh100.yaml")
-    machine = machine_of("h100:8")
+    eight = machine("h100:8")
     shallow, deep = decoder_config(raw | {"num_hidden_layers": 8}), decoder_config(raw)
     jax.config.update("jax_enable_compilation_cache", False)
-    make_plan(config, shallow, machine)  # what is loaded and traced once
-    seconds = [min(make_plan(config, model, machine).compile_seconds for _ in range(2)) for model in (shallow, deep)]
+    make_plan(config, shallow, eight)  # what is loaded and traced once
+    seconds = [min(make_plan(config, model, eight).compile_seconds for _ in range(2)) for model in (shallow, deep)]
     print(f"compiled in {seconds[0]:.1f} s and {seconds[1]:.1f} s", file=sys.stderr)
     assert seconds[1] < 1.5 * seconds[0]

@@ -14,7 +14,7 @@ from jaxft.config import Config
 from jaxft.data.batch import Batch
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder, parameters
-from jaxft.models.placement import bind, check_mesh
+from jaxft.models.placement import bind
 from jaxft.models.remat import HOST
 from jaxft.quantization.qtensor import QTensor
 from jaxft.sharding.layout import in_memory, layout_of
@@ -37,8 +37,8 @@ class AbstractStep:
     """
 
     def __init__(self, config: Config, decoder: DecoderConfig, mesh: Mesh):
-        check_mesh(decoder, mesh)
         recipe = Recipe(config, decoder)
+        recipe.check(mesh)
         self.config, self.mesh = config, mesh
         self.model = _on(mesh, recipe)
         partition = Partition(self.model, recipe.trained_type)

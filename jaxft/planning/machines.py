@@ -34,7 +34,11 @@ EXTRAS = {"tpu": ("libtpu", "tpu"), "cuda": ("jax_plugins.xla_cuda13", "cuda13")
 
 
 class PlanError(ValueError):
-    """A machine that cannot be planned for: unknown, or its compiler is not installed."""
+    """A machine that cannot be planned for."""
+
+
+class CompilerMissingError(PlanError):
+    """Its compiler is not installed."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def topology(name: str) -> Topology:
     machine = machines()[kind]
     module, extra = EXTRAS[machine.platform]
     if not _installed(module):
-        raise PlanError(
+        raise CompilerMissingError(
             f"to plan for {kind}, install its compiler: pip install 'jaxft[{extra}]' (no such device needed)"
         )
     if machine.platform == "tpu":

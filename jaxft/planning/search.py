@@ -25,7 +25,7 @@ LONG = 32768
 MOST_TOKENS = 65536
 """In the micro batch of one device; more does not make products any faster."""
 
-REMATS = ("full", "none", ["attention"])
+REMATS = ("full", "none", ["attention"], ["attention", "lora"])
 
 
 class Candidate(NamedTuple):
@@ -83,7 +83,8 @@ def ranked(config: Config, decoder: DecoderConfig, topology: Topology) -> list[C
         room, slow = topology.machine.capacity - kept, slow_axes(mesh, topology)
         if room <= 0:
             continue
-        for micro, remat in ((micro, remat) for remat in REMATS for micro in _micro_batches(config)):
+        remats = [remat for remat in REMATS if remat != "none" or "activations" not in config.offload]
+        for micro, remat in ((micro, remat) for remat in remats for micro in _micro_batches(config)):
             rows = micro * batch_ways(mesh)
             tokens = rows * config.max_length
             local = tokens / (batch_ways(mesh) * mesh.shape["context"])

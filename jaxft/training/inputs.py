@@ -21,7 +21,6 @@ from jaxft.hub.peft import load_adapter
 from jaxft.hub.resolve import ResolvedModel, resolve_model
 from jaxft.models.config import DecoderConfig, Rope, Source
 from jaxft.models.decoder import Decoder
-from jaxft.models.placement import check_mesh
 from jaxft.sharding.arrays import rows_here
 from jaxft.sharding.mesh import batch_ways, make_mesh
 from jaxft.training.recipe import Recipe
@@ -118,11 +117,8 @@ def gather(config: Config) -> Inputs:
     mesh = make_mesh(config.mesh.model_dump())
     resolved = resolve_model(config.model_name_or_path, config.model_revision)
     decoder, weights = open_model(resolved.path)
-    check_mesh(decoder, mesh)
+    Recipe(config, decoder).check(mesh)
     Recipe(config, decoder).attention(mesh)  # complains about a kernel that cannot be had
-    _check_row(config.max_length, mesh)
-    if config.router_aux_loss_coef and decoder.experts is None:
-        raise ValueError("router_aux_loss_coef balances a mixture of experts, and this model has none; leave it out")
     renderer = Renderer(load_tokenizer(companions_of(resolved.path)), config.chat_template)
     data = prepare(
         config.datasets,
@@ -157,15 +153,6 @@ def gather(config: Config) -> Inputs:
     inputs = Inputs(config, mesh, resolved, decoder, renderer, data, schedule, total_steps)
     announce(decoder, weights, inputs.recipe.quantization, inputs.recipe.storage)
     return inputs
-
-
-def _check_row(length: int, mesh: Mesh) -> None:
-    """The tokens of a row are cut evenly."""
-    parts = mesh.shape["context"]
-    if length % parts:
-        below = length // parts * parts
-        fitting = " or ".join(str(n) for n in (below, below + parts) if n)
-        raise ValueError(f"`max_length` is {length}, which mesh.context={parts} does not divide; set it to {fitting}")
 
 
 def _check_lengths(data: Prepared, rope: Rope) -> None:

@@ -14,6 +14,7 @@ from jaxft.models.config import DecoderConfig, Source
 from jaxft.models.decoder import Decoder, describe_model
 from jaxft.models.kernels import Backend, summary
 from jaxft.models.linear import Adapter
+from jaxft.models.placement import check_mesh
 from jaxft.models.remat import Remat
 from jaxft.quantization.formats import parse_format
 from jaxft.quantization.qtensor import Format
@@ -25,6 +26,21 @@ class Recipe:
 
     config: Config
     decoder: DecoderConfig
+
+    def check(self, mesh: Mesh) -> None:
+        """Raise ValueError where the config asks of model or rows what they have not, or what this mesh cannot do."""
+        check_mesh(self.decoder, mesh)
+        length, parts = self.config.max_length, mesh.shape["context"]
+        if length % parts:
+            below = length // parts * parts
+            fitting = " or ".join(str(n) for n in (below, below + parts) if n)
+            raise ValueError(
+                f"`max_length` is {length}, which mesh.context={parts} does not divide; set it to {fitting}"
+            )
+        if self.config.router_aux_loss_coef and self.decoder.experts is None:
+            raise ValueError(
+                "router_aux_loss_coef balances a mixture of experts, and this model has none; leave it out"
+            )
 
     @property
     def trained_type(self) -> type[nnx.Variable]:

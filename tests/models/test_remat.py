@@ -1,5 +1,7 @@
 """Every policy gives the gradient of keeping everything, and recomputes what it says."""
 
+from typing import get_args
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,11 @@ import pytest
 
 from jaxft.adapters.attach import attach
 from jaxft.adapters.targets import LoraConfig
+from jaxft.config import RematName
 from jaxft.models.config import DecoderConfig, LayerSpec, Rope
 from jaxft.models.decoder import initialize
 from jaxft.models.linear import Adapter
-from jaxft.models.remat import check
+from jaxft.models.remat import SAVES, Name, check
 from jaxft.training.state import Partition
 
 LAYERS = (LayerSpec(), LayerSpec(window=5), LayerSpec(), LayerSpec(window=5), LayerSpec())
@@ -51,6 +54,10 @@ def test_what_a_name_keeps_is_not_computed_again():
     assert all(products < full for products in kept.values()), (full, kept)
     assert gradient(("lora", "mlp"))[1] < min(kept["lora"], kept["mlp"])
     assert gradient("none")[1] <= gradient(ALL)[1] < min(kept.values())
+
+
+def test_the_config_knows_the_same_names():
+    assert get_args(RematName) == get_args(Name) == tuple(SAVES)
 
 
 def test_unknown_policies():

@@ -201,6 +201,8 @@ def test_candidates_that_cannot_fit_are_not_compiled(small):
     assert max(each.config.micro_batch_size for each in roomy) == 512
     assert max(each.config.micro_batch_size for each in tight) < 64
     assert ranked(config, small, tiny_machine(1 << 16)) == []
+    offloaded = ranked(config.model_copy(update={"offload": ["activations"]}), small, tiny_machine(1 << 40))
+    assert {str(each.config.remat) for each in roomy} - {str(each.config.remat) for each in offloaded} == {"none"}
     speeds = [round(each.tokens_per_second) for each in roomy]
     assert speeds == sorted(speeds, reverse=True)
 
