@@ -168,7 +168,7 @@ def jaxft_step(row: Row, sizes: Sizes, machine: str, say: Callable) -> tuple[Cal
     from jaxft.training.recipe import Recipe
 
     config, mesh = config_of(row, sizes), make_mesh({"data": 1}, jax.devices()[:1])
-    say(attention=Recipe(config, decoder(sizes)).attention(mesh).split()[1])
+    say(attention=Recipe(config, decoder(sizes)).attention(mesh).kernel)
     abstract = AbstractStep(config, decoder(sizes), mesh)
     began = time.perf_counter()
     compiled = abstract.compile()

@@ -19,9 +19,8 @@ from jaxft.hub.resolve import resolve_model
 from jaxft.models.config import DecoderConfig
 from jaxft.models.hf_config import decoder_config
 from jaxft.planning.machines import topology
-from jaxft.planning.plan import Plan, make_plan
+from jaxft.planning.plan import GIB, Plan, make_plan
 
-GIB = 1 << 30
 HEADER = re.compile(r"^# Plan for (\S+),.*\n((?:#  .*\n)*)", re.MULTILINE)
 
 

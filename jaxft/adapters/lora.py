@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxft.models.linear import Adapter, Linear, matmul
 from jaxft.models.remat import named
 from jaxft.quantization.qtensor import QTensor
-from jaxft.sharding.layout import Layout
+from jaxft.sharding.layout import Layout, over_fsdp_too
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,12 @@ class LoRA(nnx.Module):
         self.layout_B: Layout | None = None
 
     def bind(self, layout: Layout) -> list[tuple[nnx.Variable, NamedSharding]]:
-        """Cut the adapter as the weight it sits on: A along its columns, B along its rows. What belongs where."""
+        """Cut the adapter as the weight it sits on, A along its columns, B along its rows; and over `fsdp` both, though
+        the weight is cut over it along one of them. What belongs where."""
         *outer, rows, columns = layout.stored
-        self.layout_A = Layout(layout.mesh, P(*outer, None, columns))
-        self.layout_B = Layout(layout.mesh, P(*outer, rows, None))
+        features_out, features_in = self.B.get_value().shape[-2], self.A.get_value().shape[-1]
+        self.layout_A = Layout(layout.mesh, P(*outer, None, over_fsdp_too(layout.mesh, columns, features_in)))
+        self.layout_B = Layout(layout.mesh, P(*outer, over_fsdp_too(layout.mesh, rows, features_out), None))
         by_row, whole = Layout(layout.mesh, P(rows)), Layout(layout.mesh, P())
         parts = [(self.A, self.layout_A), (self.B, self.layout_B), (self.scale, whole)]
         if self.spec.use_dora:

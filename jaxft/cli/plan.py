@@ -49,13 +49,10 @@ def _plan(parsed: argparse.Namespace) -> bool:
     if not parsed.json:
         print(HEADING)
     found = search(config, decoder, machine, say=say)
-    if found.best is None:
-        print(json.dumps({"fits": False}) if parsed.json else "nothing fits")
-        return False
-    _show(found.best, parsed.json, lead="\n")
+    _show(found.best or found.smallest, parsed.json, lead="\n")
     if not parsed.json:
-        print(f"\n{config_lines(found.best)}")
-    return True
+        print("\nnothing fits" if found.best is None else f"\n{config_lines(found.best)}")
+    return found.best is not None
 
 
 def _show(plan: Plan, as_json: bool, lead: str = "") -> bool:

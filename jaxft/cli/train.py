@@ -34,10 +34,11 @@ from jaxft.models.decoder import Decoder
 from jaxft.platform import prepare
 from jaxft.sharding import hosts
 from jaxft.sharding.mesh import batch_ways
+from jaxft.training.account import NonFiniteLossError
 from jaxft.training.checkpoint import Checkpoints, state_digest
 from jaxft.training.inputs import Inputs, gather
 from jaxft.training.logging import MetricsLog, Progress, open_sinks, read_metrics
-from jaxft.training.loop import PREEMPTED, NonFiniteLossError, Outcome, Preempted, fit, start
+from jaxft.training.loop import PREEMPTED, Outcome, Preempted, fit, start
 from jaxft.training.run_directory import RunDirectory, check_vacant, open_run, versions
 
 SHOWN_PROMPTS = 5
@@ -177,7 +178,7 @@ def describe_batch(inputs: Inputs) -> str:
     return (
         f"effective batch: {rows} rows of {length} tokens = {c.micro_batch_size} (micro_batch_size) "
         f"x {c.gradient_accumulation_steps} (accumulation) x {ways} (data x fsdp x expert); mesh: {mesh}\n"
-        f"{inputs.recipe.attention(inputs.mesh)}\n"
+        f"attention: {inputs.recipe.attention(inputs.mesh)}\n"
         f"{inputs.total_steps} updates, {inputs.schedule.epoch(inputs.total_steps):.2f} epochs"
     )
 

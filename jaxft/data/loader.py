@@ -104,6 +104,10 @@ class Schedule:
             epoch, start = self._epoch_of(step)
             return epoch + (step - start) / (self._end(epoch) - start)
 
+    def ends_epoch(self, step: int) -> bool:
+        """Whether step `step` completes an epoch."""
+        return math.floor(self.epoch(step)) > math.floor(self.epoch(step - 1))
+
     def fingerprint(self) -> str:
         """SHA-256 of the tokens and of what decides their order: with as many rows to a batch, equal batches."""
         described = json.dumps([self._order, [source.fingerprint() for source in self._sources]])

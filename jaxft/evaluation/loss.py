@@ -5,13 +5,11 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from jaxft.data.batch import Batch
-from jaxft.data.loader import eval_batches
 from jaxft.data.tokenized import TokenizedSet
 from jaxft.models.decoder import Decoder
 from jaxft.models.linear import Adapter
-from jaxft.sharding.arrays import place_rows, rows_here
 from jaxft.sharding.mesh import batch_ways
+from jaxft.training.held_out import summed_loss
 from jaxft.training.state import Partition
 from jaxft.training.step import make_eval_step
 
@@ -40,13 +38,8 @@ def score(model: Decoder, examples: TokenizedSet, *, batch_size: int, max_length
     """
     partition = Partition(model, Adapter)
     step, (trained, frozen) = make_eval_step(partition, packed=False), partition.split(model)
-    total, count = 0.0, 0.0
-    rows, parts = batch_size * batch_ways(mesh), mesh.shape["context"]
-    made = rows_here(mesh, rows)
-    for batch in eval_batches(examples, batch_size=rows, max_length=max_length, parts=parts, rows=made):
-        placed = place_rows(Batch(*(field[0] for field in batch)), mesh, rows)
-        batch_total, batch_count = step(trained, frozen, placed)
-        total, count = total + float(batch_total), count + float(batch_count)
+    rows = batch_size * batch_ways(mesh)
+    total, count = summed_loss(step, trained, frozen, examples, mesh, rows, max_length)
     if not math.isfinite(total):
         raise ValueError(f"the loss is {total}; look for NaN or inf in the weights of the model and of its adapter")
     return Score(total / count, int(count))

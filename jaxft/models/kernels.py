@@ -76,8 +76,13 @@ class Case(NamedTuple):
 
 
 class Choice(NamedTuple):
+    """A kernel, and why it is taken."""
+
     kernel: Kernel
     why: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel}, {self.why}"
 
 
 def objection(kernel: Kernel, case: Case) -> str | None:
@@ -117,9 +122,11 @@ def choose(implementation: Implementation, case: Case) -> Choice:
     if implementation == "auto":
         native = NATIVE.get(case.platform)
         if native is None:
-            return Choice("blockwise", f"there is no kernel for a {case.platform}")
+            return Choice("blockwise", f"as there is no kernel for a {case.platform}")
         against = objection(native, case)
-        return Choice(native, "made for this chip") if against is None else Choice("blockwise", f"{native}: {against}")
+        return (
+            Choice(native, "made for this chip") if against is None else Choice("blockwise", f"not {native}: {against}")
+        )
     against = objection(implementation, case)
     if against is not None:
         raise ValueError(f"attn_implementation is {implementation}: {against}; or choose auto or blockwise")
@@ -182,19 +189,13 @@ def choice(config: DecoderConfig, backend: Backend, dtype: jnp.dtype, packed: bo
     return choose(backend.implementation, case)
 
 
-def summary(config: DecoderConfig, backend: Backend, dtype: jnp.dtype, packed: bool) -> str:
-    """The choice in a line, such as `attention: splash (36 layers), made for this chip`."""
-    chosen = choice(config, backend, dtype, packed)
-    return f"attention: {chosen.kernel} ({len(config.layers)} layers), {chosen.why}"
-
-
 def _case(
     backend: Backend, dtype: jnp.dtype, heads: int, head_dim: int, packed: bool, softcap: bool, sinks: bool
 ) -> Case:
     device = backend.device
     capability = _capability(device) if device.platform == "gpu" else (0, 0)
-    # jax looks for the Hopper GPU at hand, not among the devices that it compiles for.
-    widest = 256 if capability[0] == 9 and jax.default_backend() == "gpu" else 128
+    # jax asks the GPU at hand whether it is a Hopper, and not those that it compiles for.
+    widest = 256 if capability >= (9, 0) and jax.default_backend() == "gpu" else 128
     parts = backend.ways
     return Case(device.platform, capability, widest, jnp.dtype(dtype), heads, head_dim, parts, packed, softcap, sinks)
 

@@ -95,15 +95,14 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision:
 
 
 def _ready(weight: Weight, dtype: jnp.dtype, layout: Layout | None) -> jax.Array:
-    """The weight as the matmul needs it. Codes are gathered before they are dequantized, never after."""
+    """The weight as the matmul needs it. What is gathered is codes, or what was cast to the dtype of the product."""
     if isinstance(weight, QTensor):
         if layout is not None:
             shardings = jax.tree.map(layout.sharding, weight.specs(layout.gathered, layout.mesh))
             weight = jax.lax.with_sharding_constraint(weight, shardings)
         return weight.dequantize(dtype)
-    if layout is not None:
-        weight = jax.lax.with_sharding_constraint(weight, layout.sharding(layout.gathered))
-    return weight.astype(dtype)
+    weight = weight.astype(dtype)
+    return weight if layout is None else jax.lax.with_sharding_constraint(weight, layout.sharding(layout.gathered))
 
 
 class Linear(nnx.Module):

@@ -34,12 +34,13 @@ class AbstractStep:
         model: parameters are `jax.ShapeDtypeStruct`s with the shardings they would have.
         step: the jitted function.
         state, frozen, batch: its arguments.
+        attention: the kernel that computes attention.
     """
 
     def __init__(self, config: Config, decoder: DecoderConfig, mesh: Mesh):
         recipe = Recipe(config, decoder)
         recipe.check(mesh)
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.attention = config, mesh, recipe.attention(mesh)
         self.model = _on(mesh, recipe)
         partition = Partition(self.model, recipe.trained_type)
         trained, self.frozen = partition.split(self.model)
@@ -71,10 +72,8 @@ def bytes_per_device(tree: PyTree) -> int:
 
 def _on(mesh: Mesh, recipe: Recipe) -> Decoder:
     """The model, bound to the mesh as `load_model` and `attach` would, every leaf with its sharding."""
-    model, config = recipe.describe(), recipe.config
-    model.dtype, model.scan_layers = jnp.dtype(config.dtype), config.scan_layers
-    model.remat, model.offload = recipe.remat, "activations" in config.offload
-    model.attn_implementation = config.attn_implementation
+    model = recipe.describe()
+    recipe.configure(model)
     bind(model, mesh)
     for parameter, variable in parameters(model):
         value = variable.get_value()

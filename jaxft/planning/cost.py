@@ -1,6 +1,9 @@
 """How long a step takes at best, from what it computes, moves in memory, and sends (a roofline; arXiv 2404.14527 for
 the idea applied to language models).
 
+A step is made of parts, one after the other: the products of the layers, attention, the loss, the optimizer. Each takes
+as long as its products or as its traffic with the memory, whichever is longer, at the rates that programs reach.
+
 Floating point operations are counted from the model, a product of [n, k] and [k, m] as 2 n k m. Per token, for P
 parameters in products with weights: 2 P forward, 2 P for the gradient of the input, 2 P for that of the weight where
 it is trained; what is computed again counts for the hardware, not for the model. So LoRA on a frozen base takes about
@@ -12,8 +15,11 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from jax.sharding import Mesh
+
 from jaxft.models.decoder import Decoder, modules
 from jaxft.models.experts import ExpertLinear
+from jaxft.models.kernels import Kernel
 from jaxft.models.linear import Linear
 from jaxft.models.remat import SAVES
 from jaxft.planning.hlo import Collective
@@ -23,6 +29,11 @@ from jaxft.sharding.layout import ways
 
 PRODUCTS, MEMORY, NETWORK = 0.7, 0.8, 0.7
 """What programs reach of the rates on data sheets: of products, of memory, of the network."""
+
+BFLOAT16, FLOAT32 = 2, 4
+
+_SCORE = 2 * FLOAT32 + 2 * BFLOAT16
+"""Bytes moved for a score that is not kept on the chip: written and read, and so its exponential."""
 
 HIDDEN_AXES = {"data", "fsdp"}
 """What is sent along these, the next layer's weights and the gradients, goes on while the chip computes."""
@@ -34,7 +45,9 @@ class Product(NamedTuple):
     Attributes:
         features_in, features_out: of one of them, times how many a token meets.
         active: parameters that a token meets.
+        parameters: all of them.
         stored: bytes of all of it.
+        converted: it is stored otherwise than it is multiplied with.
         rank: of its adapter; 0: there is none.
     """
 
@@ -42,7 +55,9 @@ class Product(NamedTuple):
     features_in: int
     features_out: int
     active: int
+    parameters: int
     stored: int
+    converted: bool
     rank: int
 
     @property
@@ -50,16 +65,32 @@ class Product(NamedTuple):
         return self.features_in + self.features_out
 
 
+class Part(NamedTuple):
+    """What kernels of one kind do in an update: FLOPs of all devices together, bytes that one device moves."""
+
+    name: str
+    flops: float
+    bytes: float
+
+
 class Work(NamedTuple):
-    """Of one update: FLOPs of all devices together, bytes that one device moves in its memory."""
+    """Of one update. `model_flops` are those of the model, the parts' are also of what is computed again."""
 
     model_flops: float
-    hardware_flops: float
-    memory_bytes: float
+    parts: tuple[Part, ...]
+
+    @property
+    def hardware_flops(self) -> float:
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def memory_bytes(self) -> float:
+        return sum(part.bytes for part in self.parts)
 
 
 class Times(NamedTuple):
-    """Seconds that each part of an update would take by itself."""
+    """Seconds of an update: of the parts that products bound, of those that memory bounds, and of what is sent, beside
+    them and in their way."""
 
     products: float
     memory: float
@@ -68,7 +99,7 @@ class Times(NamedTuple):
 
     @property
     def step(self) -> float:
-        return max(self.products, self.memory, self.hidden_collectives) + self.exposed_collectives
+        return max(self.products + self.memory, self.hidden_collectives) + self.exposed_collectives
 
     @property
     def bound_by(self) -> str:
@@ -80,15 +111,19 @@ class Times(NamedTuple):
         return max(parts, key=parts.__getitem__)
 
 
-def work(model: Decoder, rows: int, length: int, updates: int, full: bool) -> Work:
+def work(
+    model: Decoder, rows: int, length: int, micro_batches: int, full: bool, kernel: Kernel, trained: int = 0
+) -> Work:
     """What one update takes.
 
     Args:
         model: with its adapters, and bound to its mesh.
         rows: of a micro-batch, over all devices.
         length: tokens of a row.
-        updates: micro-batches of an update.
+        micro_batches: of an update.
         full: every weight is trained, not adapters only.
+        kernel: that computes attention.
+        trained: bytes of what is trained, on one device.
     """
     c, mesh, tokens = model.config, model.activations.mesh, rows * length
     met = list(products(model))
@@ -98,21 +133,35 @@ def work(model: Decoder, rows: int, length: int, updates: int, full: bool) -> Wo
     attention = 4 * c.num_heads * c.head_dim * pairs
     head = 2 * c.vocab_size * c.hidden_size
 
-    forward = linear + adapters + attention
-    gradients = linear * (2 if full else 1) + 2 * adapters + 2 * attention
-    needed = forward + gradients + head * (3 if full else 2)
-    again = attention / 2 + (2 * head - head if full else 0)
-    again += _recomputed(model, met, attention)
-    passes = 3 if model.remat == "full" else 2
-    return Work(
-        needed * tokens * updates,
-        (needed + again) * tokens * updates,
-        updates * _memory(met, mesh, tokens, passes + full),
+    # Of a token: forward, gradients, and what is computed again.
+    inside = linear + adapters + linear * (2 if full else 1) + 2 * adapters
+    needed = inside + 3 * attention + head * (3 if full else 2)
+    keeps_attention = model.remat == "none" or "attention" in model.remat
+    scores = 3.5 if keeps_attention else 4.5  # the backward pass makes them once more, whatever is kept
+
+    passes = (2 if model.remat in ("none", "dots") else 3) + full
+    local = tokens / ways(mesh, ("data", "fsdp", "expert", "context"))
+    score_bytes = _SCORE * local * pairs * c.num_heads / ways(mesh, "tensor") if kernel == "blockwise" else 0
+    of_a_micro_batch = (
+        Part("layers", tokens * (inside + _recomputed(model, met)), _products_memory(met, mesh, local, passes)),
+        Part("attention", tokens * scores * attention, scores * score_bytes),
+        Part("loss", tokens * head * (4 if full else 2), _head_memory(model, local, full)),
+        Part("gradients", 0, 3 * trained),
     )
+    parts = tuple(Part(name, micro_batches * f, micro_batches * b) for name, f, b in of_a_micro_batch)
+    return Work(needed * tokens * micro_batches, (*parts, Part("optimizer", 0, 7 * trained)))
 
 
 def times(work: Work, collectives: Iterable[Collective], machine: Machine, devices: int, slow: set[str]) -> Times:
-    """How long each part takes. `slow` are the axes of the mesh that run between slices or hosts."""
+    """How long it takes. `slow` are the axes of the mesh that run between slices or hosts."""
+    computing = moving = 0.0
+    for part in work.parts:
+        compute = part.flops / devices / (machine.flops * PRODUCTS)
+        memory = part.bytes / (machine.bandwidth * MEMORY)
+        if compute > memory:
+            computing += compute
+        else:
+            moving += memory
     hidden = exposed = 0.0
     for collective in collectives:
         rate = machine.dcn if slow & set(collective.axes) else machine.ici
@@ -121,12 +170,7 @@ def times(work: Work, collectives: Iterable[Collective], machine: Machine, devic
             hidden += seconds
         else:
             exposed += seconds
-    return Times(
-        work.hardware_flops / devices / (machine.flops * PRODUCTS),
-        work.memory_bytes / (machine.bandwidth * MEMORY),
-        hidden,
-        exposed,
-    )
+    return Times(computing, moving, hidden, exposed)
 
 
 def products(model: Decoder) -> Iterable[Product]:
@@ -137,20 +181,21 @@ def products(model: Decoder) -> Iterable[Product]:
         weight = module.weight.get_value()
         *_, features_out, features_in = weight.shape
         met = len(layers) * (model.config.experts.per_token if isinstance(module, ExpertLinear) else 1)
-        stored = weight.nbytes if isinstance(weight, QTensor) else math.prod(weight.shape) * weight.dtype.itemsize
+        active, parameters = met * features_out * features_in, math.prod(weight.shape)
+        quantized = isinstance(weight, QTensor)
+        stored = weight.nbytes if quantized else parameters * weight.dtype.itemsize
+        converted = quantized or weight.dtype != model.dtype
         rank = 0 if module.adapter is None else module.adapter.spec.max_rank
-        yield Product(name, met * features_in, met * features_out, met * features_out * features_in, stored, rank)
+        yield Product(name, met * features_in, met * features_out, active, parameters, stored, converted, rank)
 
 
-def _recomputed(model: Decoder, met: list[Product], attention: float) -> float:
-    """FLOPs per token that the backward pass repeats, inside the layers."""
-    if model.remat == "none":
+def _recomputed(model: Decoder, met: list[Product]) -> float:
+    """FLOPs per token of products with weights that the backward pass repeats, inside the layers."""
+    if model.remat in ("none", "dots"):
         return 0
-    if model.remat == "dots":
-        return attention
     names = () if model.remat == "full" else model.remat
     kept = {"down_proj"}.union(*(SAVES[name] for name in names))  # a layer's last product is the next one's input
-    total = 0 if "attention" in names else attention
+    total = 0
     for product in met:
         if product.name.rpartition(".")[2] not in kept:
             total += 2 * (product.active + product.rank * product.features_out)
@@ -165,16 +210,27 @@ def _pairs(length: int, window: int | None) -> float:
     return window * (window + 1) / 2 + (length - window) * window
 
 
-def _memory(met: list[Product], mesh, tokens: int, passes: int) -> float:
-    """Bytes that a device moves in one micro-batch.
+def _products_memory(met: list[Product], mesh: Mesh, local: float, passes: int) -> float:
+    """Bytes that a device with `local` tokens moves for the products inside the layers, in one micro-batch.
 
-    In every pass a weight is read as it is stored, and where it is quantized or gathered written and read once more in
-    bfloat16; activations are written and read on both sides of a product, and once more between two.
+    In every pass a weight is read as it is stored, and where it was gathered or converted, written and read once more;
+    activations are written and read on both sides of a product, and once more between two. Of experts, those count
+    that a token of the device meets.
     """
-    local = tokens / ways(mesh, ("data", "fsdp", "expert", "context"))
-    total = 0.0
-    cut = ways(mesh, ("tensor", "expert"))
+    cut, total = ways(mesh, ("tensor", "expert")), 0.0
     for product in met:
-        total += passes * (product.stored + 4 * product.active) / cut
-        total += passes * 3 * 2 * local * product.features / ways(mesh, "tensor")
+        bytes = product.stored * (2 if mesh.shape["fsdp"] > 1 else 1)
+        bytes += 2 * BFLOAT16 * product.parameters if product.converted else 0
+        visited = min(1.0, local * mesh.shape["expert"] * product.active / product.parameters)
+        total += passes * bytes * visited / cut
+        total += passes * 3 * BFLOAT16 * local * product.features / ways(mesh, "tensor")
     return total
+
+
+def _head_memory(model: Decoder, local: float, full: bool) -> float:
+    """Bytes that a device moves for the loss: the head, and chunks of logits, once for each time they are made."""
+    c, mesh = model.config, model.activations.mesh
+    passes = 2 if full else 1
+    head = c.vocab_size * c.hidden_size * (2 * FLOAT32 if full else 2 * BFLOAT16)
+    logits = local * c.vocab_size * (2 * FLOAT32 + 2 * BFLOAT16)  # and what the gradient multiplies with
+    return passes * (head + logits) / ways(mesh, "tensor")

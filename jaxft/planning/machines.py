@@ -63,11 +63,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices of a machine, arranged in slices (of TPUs) or hosts (of GPUs) between which the network is slow."""
+    """Devices of a machine."""
 
     machine: Machine
     devices: Sequence[jax.Device]
-    slices: int
 
 
 @cache
@@ -99,7 +98,7 @@ def topology(name: str) -> Topology:
             f"to plan for {kind}, install its compiler: pip install 'jaxft[{extra}]' (no such device needed)"
         )
     if machine.platform == "tpu":
-        return Topology(machine, _tpu(machine, shape, slices), slices)
+        return Topology(machine, _tpu(machine, shape, slices))
     if slices > 1 or len(shape) > 1:
         raise PlanError(f"{name!r}: GPUs are counted, as in {kind}:8; hosts have {machine.host} of them")
     count = shape[0]
@@ -116,7 +115,7 @@ def topology(name: str) -> Topology:
         raise PlanError(
             f"{name}: set JAX_PLATFORMS=cpu before JAX starts, as scripts/plan.py does ({error})"
         ) from error
-    return Topology(machine, described.devices, hosts)
+    return Topology(machine, described.devices)
 
 
 def _installed(module: str) -> bool:
@@ -130,7 +129,7 @@ def _host(shape: Sequence[int]) -> Topology:
         raise PlanError(f"cpu:{count}: JAX has {len(there)} CPU devices here; set JAX_NUM_CPU_DEVICES={count}")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // count
     # Of the order of two cores of a server: for tests of the planner, not to choose a CPU by.
-    return Topology(Machine("cpu", "cpu", memory, 5e11, 2e10, 5e9, 1e9, count), there[:count], 1)
+    return Topology(Machine("cpu", "cpu", memory, 5e11, 2e10, 5e9, 1e9, count), there[:count])
 
 
 def _tpu(machine: Machine, shape: Sequence[int], slices: int) -> Sequence[jax.Device]:

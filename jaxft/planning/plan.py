@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxft.config import Config
 from jaxft.models.config import DecoderConfig
+from jaxft.models.kernels import Choice
 from jaxft.planning.abstract import AbstractStep, bytes_per_device
 from jaxft.planning.cost import Times, Work, times, work
 from jaxft.planning.hlo import Collective, Program
@@ -39,6 +40,7 @@ class Plan:
     topology: Topology
     config: Config
     mesh: dict[str, int]
+    attention: Choice
     memory: Memory
     compile_seconds: float
     program: Program | None
@@ -70,6 +72,7 @@ class Plan:
             "mesh": self.mesh,
             "micro_batch_size": self.config.micro_batch_size,
             "remat": self.config.remat,
+            "attention": self.attention.kernel,
             "collectives": [each._asdict() | {"axes": list(each.axes)} for each in self.collectives],
             "model_flops": self.work.model_flops,
             "hardware_flops": self.work.hardware_flops,
@@ -99,8 +102,10 @@ def make_plan(config: Config, decoder: DecoderConfig, topology: Topology) -> Pla
         compiled, short = None, _total_wanted(error)
     seconds = time.monotonic() - began
     rows = config.micro_batch_size * batch_ways(mesh)
-    full, updates = config.adapter == "none", config.gradient_accumulation_steps
-    done = work(step.model, rows, config.max_length, updates, full)
+    updates = config.gradient_accumulation_steps
+    trained = bytes_per_device(step.state.trained)
+    full, kernel = config.adapter == "none", step.attention.kernel
+    done = work(step.model, rows, config.max_length, updates, full, kernel, trained)
     program = None if compiled is None else Program.parse(compiled.as_text())
     sent = [] if program is None else program.collectives(sizes)
     slow = slow_axes(mesh, topology)
@@ -108,6 +113,7 @@ def make_plan(config: Config, decoder: DecoderConfig, topology: Topology) -> Pla
         topology,
         config,
         sizes,
+        step.attention,
         memory_of(step, compiled, short),
         seconds,
         program,

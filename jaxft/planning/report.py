@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from jaxft.models.decoder import Remat
-from jaxft.planning.plan import Plan
+from jaxft.planning.plan import GIB, Plan
 
-GIB, MIB = 1 << 30, 1 << 20
+MIB = 1 << 20
 
 
 def describe(plan: Plan) -> str:
@@ -16,7 +16,7 @@ def describe(plan: Plan) -> str:
         f"{plan.devices} x {machine.name}, mesh {mesh_of(plan)}",
         f"{c.micro_batch_size} x {c.max_length} tokens in a micro-batch of each data-parallel group, "
         f"{plan.tokens:,} in an update",
-        f"remat {remat_of(c.remat)}",
+        f"remat {remat_of(c.remat)}; attention {plan.attention}",
         "",
         "memory of a device        GiB",
     ]
@@ -33,8 +33,8 @@ def describe(plan: Plan) -> str:
         "",
         f"an update: {work.model_flops / 1e12:,.1f} TFLOP of the model, {work.hardware_flops / 1e12:,.1f} with what is "
         f"recomputed; a device moves {work.memory_bytes / GIB:,.1f} GiB of memory",
-        f"  by products alone {times.products:.3f} s, by memory {times.memory:.3f} s, by the network "
-        f"{times.hidden_collectives:.3f} s beside the rest and {times.exposed_collectives:.3f} s in its way",
+        f"  {times.products:.3f} s bound by products, {times.memory:.3f} s by memory; the network takes "
+        f"{times.hidden_collectives:.3f} s beside them and {times.exposed_collectives:.3f} s in their way",
         f"  estimate: {times.step:.3f} s, {plan.tokens_per_second_per_device:,.0f} tokens/s a device, "
         f"bound by {times.bound_by}",
     ]
@@ -73,7 +73,10 @@ def config_lines(plan: Plan) -> str:
     sizes = ", ".join(f"{axis}: {size}" for axis, size in plan.mesh.items() if size > 1) or "data: 1"
     names = plan.config.remat
     remat = names if isinstance(names, str) else f"[{', '.join(names)}]"
-    return f"mesh: {{{sizes}}}\nmicro_batch_size: {plan.config.micro_batch_size}\nremat: {remat}"
+    return (
+        f"mesh: {{{sizes}}}\nmicro_batch_size: {plan.config.micro_batch_size}\n"
+        f"gradient_accumulation_steps: {plan.config.gradient_accumulation_steps}\nremat: {remat}"
+    )
 
 
 def mesh_of(plan: Plan) -> str:

@@ -1,5 +1,7 @@
 """Which mesh, micro batch and remat give a run the most tokens per second on a machine, of those that fit.
 
+An update keeps its rows, so that the run learns the same: where micro-batches grow, there are fewer of them.
+
 All candidates are ranked by an estimate that needs no compiler (the roofline of `cost`, with the collectives that the
 mesh implies). Then the best are compiled in turn. One that does not fit rules out larger micro batches of its kind.
 """
@@ -11,7 +13,7 @@ from typing import NamedTuple
 from jaxft.config import Config
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
-from jaxft.models.remat import SAVES
+from jaxft.models.remat import SAVES, Remat
 from jaxft.planning.abstract import AbstractStep, bytes_per_device
 from jaxft.planning.cost import products, times, work
 from jaxft.planning.hlo import Collective
@@ -25,7 +27,15 @@ LONG = 32768
 MOST_TOKENS = 65536
 """In the micro batch of one device; more does not make products any faster."""
 
-REMATS = ("full", "none", ["attention"], ["attention", "lora"])
+REMATS: tuple[str | list[str], ...] = (
+    "full",
+    ["attention", "lora"],
+    ["attention", "lora", "qkv", "attention_out"],
+    ["attention", "lora", "mlp"],
+    ["attention", "lora", "qkv", "attention_out", "mlp"],
+    "none",
+)
+"""From least to most memory. What `lora` keeps costs next to nothing."""
 
 
 class Candidate(NamedTuple):
@@ -37,10 +47,19 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Search:
-    """What was compiled, in that order, and the best of it; None where nothing fits."""
+    """What was compiled, in that order; `best` is None where nothing fits."""
 
     tried: list[Plan]
-    best: Plan | None
+
+    @property
+    def best(self) -> Plan | None:
+        """The fastest that fits."""
+        fitting = [plan for plan in self.tried if plan.fits]
+        return max(fitting, key=lambda plan: plan.tokens_per_second_per_device, default=None)
+
+    @property
+    def smallest(self) -> Plan:
+        return min(self.tried, key=lambda plan: plan.memory.total)
 
 
 def search(
@@ -51,52 +70,87 @@ def search(
     wanted: int = 3,
     say: Callable[[Plan], None] = lambda plan: None,
 ) -> Search:
-    """Compile the most promising candidates until `wanted` of them fit or `compilations` were tried.
+    """Compile the most promising candidates until `wanted` of them fit or `compilations` were tried; then, where none
+    fits, what takes the least memory.
 
     Args:
+        config: its mesh, micro batch and accumulation say how many rows an update has.
         say: is told of every candidate that was compiled.
+
+    Raises:
+        ValueError: the config's mesh does not fit the devices.
     """
-    tried: list[Plan] = []
-    too_large: list[Config] = []
-    for candidate in ranked(config, decoder, topology):
-        fitting = [plan for plan in tried if plan.fits]
-        if len(tried) == compilations or len(fitting) == wanted:
-            break
-        if any(_at_least_as_large(candidate.config, than) for than in too_large):
-            continue
-        plan = make_plan(candidate.config, decoder, topology)
+    found, too_large = Search([]), []
+
+    def compile(candidate: Config) -> None:
+        plan = make_plan(candidate, decoder, topology)
         say(plan)
-        tried.append(plan)
+        found.tried.append(plan)
         if not plan.fits:
-            too_large.append(plan.config)
-    fitting = [plan for plan in tried if plan.fits]
-    return Search(tried, max(fitting, key=lambda plan: plan.tokens_per_second_per_device, default=None))
+            too_large.append(candidate)
+
+    for candidate in ranked(config, decoder, topology):
+        if len(found.tried) == compilations or sum(plan.fits for plan in found.tried) == wanted:
+            break
+        if not any(_at_least_as_large(candidate.config, than) for than in too_large):
+            compile(candidate.config)
+    if found.best is None:
+        leanest = _arranged(config, {"fsdp": len(topology.devices)}, 1, "full", rows_of(config, topology))
+        if not any(_at_least_as_large(leanest, than) for than in too_large):
+            compile(leanest)
+    return found
 
 
 def ranked(config: Config, decoder: DecoderConfig, topology: Topology) -> list[Candidate]:
-    """Every candidate whose weights alone fit, the fastest by estimate first; of equals the smallest."""
+    """Candidates whose weights and least activations fit, the fastest by estimate first; of equals the smallest."""
     found: list[Candidate] = []
-    for sizes in meshes(config, decoder, len(topology.devices), topology.machine.host):
+    rows, machine = rows_of(config, topology), topology.machine
+    for sizes in meshes(config, decoder, len(topology.devices), machine.host):
         mesh = make_mesh(sizes, topology.devices)
-        step = AbstractStep(config.model_copy(update={"mesh": type(config.mesh)(**sizes)}), decoder, mesh)
-        kept = bytes_per_device((step.frozen, step.state.trained, step.state.optimizer, step.state.trained))
-        room, slow = topology.machine.capacity - kept, slow_axes(mesh, topology)
-        if room <= 0:
+        step = AbstractStep(_arranged(config, sizes, 1, "full", rows), decoder, mesh)
+        trained = bytes_per_device(step.state.trained)
+        kept = bytes_per_device((step.frozen, step.state.optimizer)) + 2 * trained
+        room, slow = machine.capacity - kept, slow_axes(mesh, topology)
+        if room <= 0 or rows % batch_ways(mesh):
             continue
-        remats = [remat for remat in REMATS if remat != "none" or "activations" not in config.offload]
-        for micro, remat in ((micro, remat) for remat in remats for micro in _micro_batches(config)):
-            rows = micro * batch_ways(mesh)
-            tokens = rows * config.max_length
-            local = tokens / (batch_ways(mesh) * mesh.shape["context"])
+        for remat in (each for each in REMATS if each != "none" or "activations" not in config.offload):
             step.model.remat = remat if isinstance(remat, str) else tuple(remat)
-            if least_activations(step.model, local) > room:
-                continue
-            done = work(step.model, rows, config.max_length, 1, config.adapter == "none")
-            sent = list(_collectives(step, local))
-            seconds = times(done, sent, topology.machine, mesh.size, slow).step
-            update = {"mesh": type(config.mesh)(**sizes), "micro_batch_size": micro, "remat": remat}
-            found.append(Candidate(config.model_copy(update=update), tokens / seconds / mesh.size))
+            for micro in _micro_batches(rows // batch_ways(mesh), config.max_length):
+                together = micro * batch_ways(mesh)
+                local = micro * config.max_length / mesh.shape["context"]
+                if least_activations(step.model, local) > room:
+                    continue
+                full, times_over = config.adapter == "none", rows // together
+                done = work(step.model, together, config.max_length, times_over, full, step.attention.kernel, trained)
+                sent = [each._replace(bytes=each.bytes * times_over) for each in _collectives(step, local)]
+                seconds = times(done, sent, machine, mesh.size, slow).step
+                speed = rows * config.max_length / seconds / mesh.size
+                found.append(Candidate(_arranged(config, sizes, micro, remat, rows), speed))
     return sorted(found, key=lambda each: (-round(each.tokens_per_second), each.config.micro_batch_size))
+
+
+def rows_of(config: Config, topology: Topology) -> int:
+    """Rows of an update, as the config is.
+
+    Raises:
+        ValueError: its mesh does not fit the devices.
+    """
+    mesh = make_mesh(config.mesh.model_dump(), topology.devices)
+    return config.micro_batch_size * config.gradient_accumulation_steps * batch_ways(mesh)
+
+
+def _arranged(config: Config, sizes: dict[str, int], micro: int, remat: Remat | list[str], rows: int) -> Config:
+    """The config on another mesh, with other micro-batches; an update has so many rows, or more where the mesh asks
+    for more."""
+    mesh = type(config.mesh)(**{"data": 1} | sizes)
+    together = micro * mesh.data * mesh.fsdp * mesh.expert
+    update = {
+        "mesh": mesh,
+        "micro_batch_size": micro,
+        "gradient_accumulation_steps": max(1, rows // together),
+        "remat": remat,
+    }
+    return config.model_copy(update=update)
 
 
 def meshes(config: Config, decoder: DecoderConfig, devices: int, host: int) -> Iterator[dict[str, int]]:
@@ -145,11 +199,11 @@ def least_activations(model: Decoder, local: float) -> float:
     return 2 * local * (kept + 2 * (every + sizes["mlp"]) / layers)
 
 
-def _micro_batches(config: Config) -> Iterator[int]:
-    micro = 1
-    while micro == 1 or micro * config.max_length <= MOST_TOKENS:
-        yield micro
-        micro *= 2
+def _micro_batches(rows: int, length: int) -> Iterator[int]:
+    """Into which sizes the rows that a device group has of an update can be cut."""
+    for micro in range(1, rows + 1):
+        if rows % micro == 0 and (micro == 1 or micro * length <= MOST_TOKENS):
+            yield micro
 
 
 def _collectives(step: AbstractStep, local: float) -> Iterator[Collective]:

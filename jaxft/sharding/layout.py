@@ -114,6 +114,12 @@ def names_of(spec: P, axis: int) -> tuple[str, ...]:
     return () if names is None else (names,) if isinstance(names, str) else tuple(names)
 
 
+def over_fsdp_too(mesh: Mesh, axes: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:
+    """Axes that cut a dimension of this size, with `fsdp` behind them, where that divides it."""
+    wider = (*names_of(P(axes), 0), "fsdp")
+    return axes if "fsdp" in wider[:-1] or size % ways(mesh, wider) else wider
+
+
 def _without_fsdp(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
     if isinstance(axes, tuple):
         return tuple(axis for axis in axes if axis != "fsdp") or None

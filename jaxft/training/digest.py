@@ -27,11 +27,14 @@ class Digest(NamedTuple):
 
 def digests(arrays: Mapping[str, jax.Array]) -> dict[str, Digest]:
     """By name. Processes that share arrays call it together, and all get the same."""
-    found = jax.device_get({name: _sums(array) for name, array in arrays.items()})
-    return {
-        name: Digest("".join(f"{int(total):08x}" for total in sums), int(strange) == 0)
-        for name, (*sums, strange) in found.items()
-    }
+    return {name: _digest(array) for name, array in arrays.items()}
+
+
+def _digest(array: jax.Array) -> Digest:
+    # One after the other: on a CPU, programs that wait for several devices and not for each other can lock each other
+    # out of the threads that they need.
+    *sums, strange = jax.device_get(_sums(array))
+    return Digest("".join(f"{int(total):08x}" for total in sums), int(strange) == 0)
 
 
 @jax.jit

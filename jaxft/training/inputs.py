@@ -84,11 +84,8 @@ class Inputs:
             self.recipe.quantization,
             self.mesh,
             revision=c.model_revision,
-            remat=self.recipe.remat,
-            scan_layers=c.scan_layers,
-            attn_implementation=c.attn_implementation,
         )
-        model.dtype, model.offload = jax.numpy.dtype(c.dtype), "activations" in c.offload
+        self.recipe.configure(model)
         if c.adapter == "none":
             return model
         if c.adapter_name_or_path is not None:

@@ -1,6 +1,6 @@
 """What a run says while it trains: a metrics file, the trackers a user asked for, and a progress bar.
 
-`metrics.jsonl` is the record of a run: one JSON object per line, on disk before the next step begins.
+`metrics.jsonl` is the record of a run: one JSON object per line, on disk before the update after next begins.
 Trackers get the same records and are never needed to read them. Nothing is filtered: a loss that is not
 finite is written as the string "NaN", "Infinity" or "-Infinity", which every strict JSON reader accepts and
 which `float()` (and JavaScript's `Number()`) turns back into the number.

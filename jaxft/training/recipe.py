@@ -12,7 +12,7 @@ from jaxft.adapters.targets import LoraConfig
 from jaxft.config import Config
 from jaxft.models.config import DecoderConfig, Source
 from jaxft.models.decoder import Decoder, describe_model
-from jaxft.models.kernels import Backend, summary
+from jaxft.models.kernels import Backend, Choice, choice
 from jaxft.models.linear import Adapter
 from jaxft.models.placement import check_mesh
 from jaxft.models.remat import Remat
@@ -78,14 +78,26 @@ class Recipe:
             alpha_pattern=c.alpha_pattern,
         )
 
-    def attention(self, mesh: Mesh) -> str:
-        """Which kernel computes attention, and why, in a line.
+    def attention(self, mesh: Mesh) -> Choice:
+        """Which kernel computes attention, and why.
 
         Raises:
             ValueError: the one of the config cannot do what the model, the data or the devices ask for.
         """
         c = self.config
-        return summary(self.decoder, Backend(c.attn_implementation, mesh), jnp.dtype(c.dtype), c.packing)
+        chosen = choice(self.decoder, Backend(c.attn_implementation, mesh), jnp.dtype(c.dtype), c.packing)
+        if chosen.kernel == "cudnn" and "activations" in c.offload and "attention" in self.remat:
+            raise ValueError(
+                "remat has attention and offload activations, but what cuDNN's attention keeps cannot be offloaded; "
+                "take attention out of remat, and it is computed again"
+            )
+        return chosen
+
+    def configure(self, model: Decoder) -> None:
+        """Tell the model what the config says of how it computes."""
+        c = self.config
+        model.dtype, model.remat, model.offload = jnp.dtype(c.dtype), self.remat, "activations" in c.offload
+        model.scan_layers, model.attn_implementation = c.scan_layers, c.attn_implementation
 
     def describe(self, source: Source | None = None) -> Decoder:
         """The model with what is trained of it, without memory.

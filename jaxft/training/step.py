@@ -25,13 +25,15 @@ from jaxft.training.state import Partition, Trained, TrainState
 
 
 class Metrics(NamedTuple):
-    """What an update reports; `loss` is the mean over `supervised` tokens, before the update."""
+    """What an update reports; `loss` is the mean over `supervised` tokens, before the update. `skipped` updates of the
+    run, and `skipped_in_a_row` to the last, were not finite."""
 
     loss: jax.Array
     grad_norm: jax.Array
     supervised: jax.Array
     tokens: jax.Array
-    finite: jax.Array
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
 
 
 def loss_sum(
@@ -106,6 +108,7 @@ def make_train_step(
         return loss_sum(model, partition.trained_type, batch, key, router_aux_loss_coef, packed)
 
     placed = jax.tree.map(lambda array: array.sharding, state)
+    in_host = any(sharding.memory_kind == HOST for sharding in jax.tree.leaves(placed.optimizer))
     at_hand = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), placed.optimizer)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(placed, None))
@@ -127,7 +130,7 @@ def make_train_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(total)
 
         with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-            kept = jax.device_put(state.optimizer, at_hand) if at_hand != placed.optimizer else state.optimizer
+            kept = jax.device_put(state.optimizer, at_hand) if in_host else state.optimizer
             updates, optimizer_state = optimizer.update(gradient, kept, state.trained)
         updated = optax.apply_updates(state.trained, updates), optimizer_state
         trained, optimizer_state = jax.tree.map(
@@ -141,7 +144,8 @@ def make_train_step(
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
         tokens = jnp.sum(batch.segment_ids > 0, dtype=jnp.int32)
-        return new_state, Metrics(total * share, norm, count.astype(jnp.int32), tokens, finite)
+        supervised, skipped = count.astype(jnp.int32), (new_state.skipped, new_state.skipped_in_a_row)
+        return new_state, Metrics(total * share, norm, supervised, tokens, *skipped)
 
     return step
 

@@ -60,13 +60,24 @@ def test_json_is_one_object_and_nothing_else(config, capsys):
     }  # fmt: skip
 
 
-def test_a_search_prints_what_it_tried_and_the_lines_of_the_best(config, capsys, monkeypatch):
-    monkeypatch.setattr("jaxft.planning.search.MOST_TOKENS", 128)
-    assert plan(config, "--search", topology="cpu:1") == 0
+def test_a_search_prints_what_it_tried_and_the_lines_of_the_best(config, capsys):
+    assert plan(config, "--search", "gradient_accumulation_steps=2", topology="cpu:1") == 0
     out = capsys.readouterr().out
     assert out.startswith("mesh ")
-    assert "\nmicro_batch_size: 2\nremat: " in out
+    assert "\nmicro_batch_size: 2\ngradient_accumulation_steps: 1\nremat: " in out
     assert "\nmesh: {data: 1}\n" in out
+
+
+def test_a_search_that_finds_nothing_says_by_how_much(config, capsys, monkeypatch):
+    monkeypatch.setattr("jaxft.planning.plan.Plan.fits", False)
+    assert plan(config, "--search", topology="cpu:1") == 1
+    out = capsys.readouterr().out
+    assert "does not fit, short by" in out
+    assert out.endswith("\nnothing fits\n")
+    assert plan(config, "--search", "--json", topology="cpu:1") == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] is False
+    assert told["per_device_bytes"]["total"] > 0
 
 
 @pytest.mark.parametrize(

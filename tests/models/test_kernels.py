@@ -12,7 +12,7 @@ import pytest
 from jaxft.models import blockwise, cudnn, kernels, splash
 from jaxft.models.blockwise import Reach, Rule
 from jaxft.models.hf_config import decoder_config
-from jaxft.models.kernels import Backend, Case, choose, objection, summary
+from jaxft.models.kernels import Backend, Case, choice, choose, objection
 
 
 class Inputs(NamedTuple):
@@ -205,10 +205,10 @@ def test_auto_takes_the_chips_kernel_where_that_can_do_it(case, kernel, why):
 
 def test_what_is_said_of_a_model():
     config = decoder_config({"model_type": "gemma2", "num_hidden_layers": 6})
-    line = summary(config, Backend(), jnp.dtype("bfloat16"), packed=True)
-    assert line == "attention: blockwise (6 layers), there is no kernel for a cpu"
+    chosen = choice(config, Backend(), jnp.dtype("bfloat16"), packed=True)
+    assert str(chosen) == "blockwise, as there is no kernel for a cpu"
     with pytest.raises(ValueError, match="attn_implementation is 'flash'; choose auto, blockwise, splash, cudnn"):
-        summary(config, Backend("flash"), jnp.dtype("bfloat16"), packed=True)
+        choice(config, Backend("flash"), jnp.dtype("bfloat16"), packed=True)
 
 
 def test_a_kernel_that_is_asked_for_is_not_replaced():

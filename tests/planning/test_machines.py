@@ -28,7 +28,6 @@ def test_what_a_program_may_take():
 def test_devices_of_this_host():
     found = topology("cpu:4")
     assert list(found.devices) == jax.devices()[:4]
-    assert found.slices == 1
     with pytest.raises(PlanError, match="cpu:64: JAX has 8 CPU devices here; set JAX_NUM_CPU_DEVICES=64"):
         topology("cpu:64")
 
@@ -63,7 +62,7 @@ def cuda():
 def test_slices_of_tpus(tpu, name, count, slices):
     found = topology(name)
     assert len(found.devices) == count
-    assert len({getattr(device, "slice_index", 0) for device in found.devices}) == found.slices == slices
+    assert len({getattr(device, "slice_index", 0) for device in found.devices}) == slices
     assert {device.platform for device in found.devices} == {"tpu"}
 
 
@@ -78,7 +77,7 @@ def test_a_slice_that_there_is_not(tpu):
 def test_hosts_with_gpus(cuda, name, count, hosts):
     found = topology(name)
     assert len(found.devices) == count
-    assert found.slices == hosts
+    assert len({device.process_index for device in found.devices}) == hosts
     assert found.devices[0].device_kind == machines()[name.partition(":")[0]].cuda["name"]
 
 

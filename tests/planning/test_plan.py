@@ -12,6 +12,7 @@ import pytest
 
 from jaxft.config_file import load_config
 from jaxft.models.hf_config import decoder_config
+from jaxft.models.kernels import Choice
 from jaxft.planning.abstract import AbstractStep
 from jaxft.planning.cost import Times, Work
 from jaxft.planning.hlo import Program
@@ -76,8 +77,8 @@ def test_the_parts_of_the_memory(small):
     codes = 4 * per_layer / 2 + 4 * per_layer / 64 * 4
     whole = 1024 * 128 * 2 * 2 + (2 * 4 + 1) * 128 * 2 * 8 + 7 * 4 * 4 * 8  # norms and scales are on every device
     assert memory.base == (codes + whole) / 8
-    rows = 4 * (4 * 8 * 256 + 3 * 8 * (128 + 512))
-    assert memory.adapters < rows * 4  # the half that is cut
+    factors = 4 * (4 * 8 * 256 + 3 * 8 * (128 + 512))
+    assert memory.adapters == factors * 4 / 8
     assert memory.optimizer == pytest.approx(2 * memory.adapters, abs=64)
     assert memory.gradients == memory.adapters
     parts = memory.base + memory.adapters + memory.optimizer + memory.gradients + memory.temporaries
@@ -100,7 +101,7 @@ def test_the_report_and_the_json_say_the_same(small):
     plan = make_plan(config, small, topology("cpu:8"))
     told, text = plan.to_json(), describe(plan)
     assert set(told) >= {
-        "fits", "capacity_bytes", "per_device_bytes", "mesh", "micro_batch_size", "remat", "collectives",
+        "fits", "capacity_bytes", "per_device_bytes", "mesh", "micro_batch_size", "remat", "collectives", "attention",
         "step_seconds", "tokens_per_second_per_device", "bound_by", "compile_seconds",
     }  # fmt: skip
     assert json.loads(json.dumps(told)) == told
@@ -111,12 +112,16 @@ def test_the_report_and_the_json_say_the_same(small):
     assert "data 2 x tensor 4" in text
     assert "all-reduce" in text
     assert "remat all but attention" in text
-    assert config_lines(plan) == "mesh: {data: 2, tensor: 4}\nmicro_batch_size: 1\nremat: [attention]"
+    assert "attention blockwise, as there is no kernel for a cpu" in text
+    assert told["attention"] == "blockwise"
+    assert config_lines(plan) == (
+        "mesh: {data: 2, tensor: 4}\nmicro_batch_size: 1\ngradient_accumulation_steps: 1\nremat: [attention]"
+    )
 
 
 def tiny_machine(memory, count=8):
     """CPU devices that pretend to have little memory and an accelerator's rates."""
-    return Topology(replace(machines()["v5e"], memory=memory), jax.devices()[:count], 1)
+    return Topology(replace(machines()["v5e"], memory=memory), jax.devices()[:count])
 
 
 def test_what_does_not_fit_says_how_much_is_missing(small):
@@ -135,7 +140,7 @@ def test_what_is_offloaded_is_not_on_the_device(small):
     ]
     assert plans[0].memory.optimizer == pytest.approx(2 * plans[0].memory.gradients, rel=0.01)
     assert plans[1].memory.optimizer < 100
-    gpu = Topology(machines()["h100"], jax.devices()[:1], 1)
+    gpu = Topology(machines()["h100"], jax.devices()[:1])
     with pytest.raises(ValueError, match=r"offload: .* not known of GPUs that are not here"):
         make_plan(config.model_copy(update={"offload": ["optimizer"]}), small, gpu)
 
@@ -159,25 +164,19 @@ def planned(monkeypatch):
 
     def make(config, decoder, topology):
         memory = Memory(0, 0, 0, 0, 0, (1 + config.micro_batch_size) << 20)
-        seconds = Times(1 + 1 / config.micro_batch_size, 0, 0, 0)
-        mesh = config.mesh.model_dump()
-        return Plan(
-            topology,
-            config,
-            mesh,
-            memory,
-            0.0,
-            Program({}, {}, frozenset()),
-            Work(1, 1, 1),
-            seconds,
-            config.micro_batch_size * 1000,
-        )
+        seconds, done = Times(1 + 1 / config.micro_batch_size, 0, 0, 0), Work(1, ())
+        mesh, kernel, program = config.mesh.model_dump(), Choice("blockwise", ""), Program({}, {}, frozenset())
+        return Plan(topology, config, mesh, kernel, memory, 0.0, program, done, seconds, 1000)
 
     monkeypatch.setattr("jaxft.planning.search.make_plan", make)
 
 
+MANY_ROWS = BASE | {"max_length": 128, "micro_batch_size": 2, "gradient_accumulation_steps": 4}
+"""64 rows in an update of eight devices."""
+
+
 def test_a_search_takes_the_fastest_that_fits(small, planned):
-    config = load_config(BASE | {"max_length": 128})
+    config = load_config(MANY_ROWS)
     told = []
     found = search(config, small, tiny_machine(7 << 20), compilations=50, wanted=3, say=told.append)
     assert found.tried == told
@@ -187,16 +186,36 @@ def test_a_search_takes_the_fastest_that_fits(small, planned):
     for index, plan in enumerate(found.tried):
         larger = [p for p in found.tried[:index] if not p.fits and p.mesh == plan.mesh]
         assert all(plan.config.micro_batch_size < p.config.micro_batch_size for p in larger if _alike(p, plan))
-    assert len(search(config, small, tiny_machine(7 << 20), compilations=2).tried) == 2
-    assert search(config, small, tiny_machine((1 << 20) + 400_000), compilations=5).best is None
 
 
 def _alike(one, other):
     return one.config.remat == other.config.remat
 
 
+def test_a_search_that_finds_nothing_ends_with_the_least_that_there_is(small, planned, monkeypatch):
+    config = load_config(MANY_ROWS)
+    monkeypatch.setattr(Plan, "fits", False)
+    assert len(search(config, small, tiny_machine(7 << 20), compilations=2).tried) == 3
+    nothing = search(config, small, tiny_machine(1 << 16))  # of which not even the weights fit
+    assert nothing.best is None
+    (plan,) = nothing.tried
+    assert nothing.smallest == plan
+    assert (plan.config.mesh.fsdp, plan.config.micro_batch_size, plan.config.remat) == (8, 1, "full")
+
+
+def test_a_search_keeps_the_rows_of_an_update(small):
+    config = load_config(MANY_ROWS)
+    found = ranked(config, small, tiny_machine(1 << 40))
+    assert len({str(each.config.mesh) for each in found}) > 3
+    for each in (each.config for each in found):
+        ways = each.mesh.data * each.mesh.fsdp * each.mesh.expert
+        assert each.micro_batch_size * each.gradient_accumulation_steps * ways == 64
+    with pytest.raises(ValueError, match=r"mesh: .*fsdp=3"):
+        search(config.model_copy(update={"mesh": type(config.mesh)(fsdp=3)}), small, tiny_machine(1 << 40))
+
+
 def test_candidates_that_cannot_fit_are_not_compiled(small):
-    config = load_config(BASE | {"max_length": 128})
+    config = load_config(MANY_ROWS | {"gradient_accumulation_steps": 64})
     roomy, tight = (ranked(config, small, tiny_machine(memory)) for memory in (1 << 40, 3 << 20))
     assert max(each.config.micro_batch_size for each in roomy) == 512
     assert max(each.config.micro_batch_size for each in tight) < 64

@@ -24,11 +24,15 @@ from jaxft.config_file import load_config
 from jaxft.data.chat import load_tokenizer
 from jaxft.data.loader import Schedule
 from jaxft.data.tokenized import Tokenized, TokenizedSet
+from jaxft.training import loop
+from jaxft.training.account import Account, Bookkeeping, NonFiniteLossError
 from jaxft.training.checkpoint import Checkpoints
+from jaxft.training.held_out import is_evaluation, note_evaluation
 from jaxft.training.inputs import gather
-from jaxft.training.logging import read_metrics
-from jaxft.training.loop import Bookkeeping, StopSignal, is_evaluation, is_save, note_evaluation
+from jaxft.training.logging import MetricsLog, Progress, read_metrics
+from jaxft.training.loop import StopSignal, is_overdue, is_save
 from jaxft.training.optimizer import learning_rate_schedule
+from jaxft.training.step import Metrics, make_train_step
 
 CANARY = "hf_" + "canary" * 6
 
@@ -235,12 +239,74 @@ def test_evaluation_comes_by_steps_or_epochs_and_at_the_end(eval_steps, total_st
 
 @pytest.mark.core
 def test_checkpoints_come_by_steps_or_epochs_and_when_the_last_one_is_old():
-    def saves(overdue: bool, **settings) -> list[int]:
-        return [step for step in range(1, 14) if is_save(stub(**settings), step, overdue)]
+    def saves(**settings) -> list[int]:
+        return [step for step in range(1, 14) if is_save(stub(**settings), step)]
 
-    assert saves(False) == [5, 10]  # epochs of five updates
-    assert saves(False, save_steps=4) == saves(True, save_steps=4) == [4, 8, 12]
-    assert saves(True) == list(range(1, 14))
+    assert saves() == [5, 10]  # epochs of five updates
+    assert saves(save_steps=4) == [4, 8, 12]
+    by_steps, by_epoch = stub(save_steps=4).config, stub().config
+    assert [is_overdue(by_epoch, seconds) for seconds in (599, 600)] == [False, True]
+    assert not is_overdue(by_steps, 1e6)
+
+
+# What is read, and when
+
+
+@pytest.mark.core
+def test_an_update_is_read_when_the_next_one_was_started(tmp_path):
+    """And not before: the devices go from one to the other without waiting for the host."""
+    inputs = stub(total_steps=5)
+    settings = {"logging_steps": 2, "max_nonfinite_steps": 3, "learning_rate": 1e-3, "warmup_ratio": 0.0}
+    vars(inputs.config).update(settings, warmup_steps=0, lr_scheduler_type="linear")
+    times = iter([0.0, 0.0, 2.0, 5.0, 9.0, 10.0])
+    books = Bookkeeping()
+    with MetricsLog(tmp_path / "metrics.jsonl") as log, Progress(5) as progress:
+        account = Account(inputs, books, log, progress, times.__next__)
+        for step in (1, 2, 3):
+            account.enter(step, Metrics(float(step), 1.0, supervised=step, tokens=10, skipped=0, skipped_in_a_row=0))
+            assert books.window.tokens + books.tokens == 10 * (step - 1)
+        account.settle()
+        account.settle()  # there is nothing more
+        assert (books.tokens, books.window.tokens) == (20, 10)
+        assert account.seconds == 4.0
+        account.pause(1.0)
+        account.enter(4, Metrics(1.0, 1.0, supervised=1, tokens=10, skipped=3, skipped_in_a_row=3))
+        with pytest.raises(NonFiniteLossError, match=r"step 4: loss 1\.0, gradient norm 1\.0; 3 updates in a row"):
+            account.settle()
+    two, four = read_metrics(tmp_path / "metrics.jsonl")
+    assert (two["step"], two["loss"], two["tokens"], two["tokens_per_second"]) == (2, 5 / 3, 20, 20 / 5)
+    assert (four["step"], four["loss"], four["tokens"], four["skipped_updates"]) == (4, 10 / 4, 40, 3)
+    assert four["tokens_per_second"] == 20 / (10 - 5 - 1)
+
+
+@pytest.mark.parametrize("waited_for, ahead", [(math.inf, True), (0.0, False)])
+def test_short_updates_are_started_ahead_of_what_is_read(settings, monkeypatch, waited_for, ahead):
+    happened = []
+
+    def make(*args):
+        step = make_train_step(*args)
+
+        def started(state, *rest):
+            happened.append("started")
+            return step(state, *rest)
+
+        return started
+
+    def settle(account, update, whole=Account._settle):
+        happened.append(update.step)
+        whole(account, update)
+
+    monkeypatch.setattr(loop, "make_train_step", make)
+    monkeypatch.setattr(loop, "WAITED_FOR", waited_for)
+    monkeypatch.setattr(loop, "AHEAD", 4)
+    monkeypatch.setattr(Account, "_settle", settle)
+    train(settings(val_set_size=0, max_steps=6, micro_batch_size=4).model_dump())
+    s = "started"
+    if ahead:
+        # The first is waited for, because of compiling; at 4 and at the end the run looks whether it is to stop.
+        assert happened == [s, 1, s, s, 2, s, 3, 4, s, s, 5, 6]
+    else:
+        assert happened == [s, 1, s, 2, s, 3, s, 4, s, 5, s, 6]
 
 
 def noted(scores: list[float], patience: int | None) -> tuple[list[bool], Bookkeeping]:

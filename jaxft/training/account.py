@@ -1,0 +1,138 @@
+"""What the updates of a run came to: read from the devices while the next update runs, summed, and logged."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+import jax
+
+from jaxft.training.inputs import Inputs
+from jaxft.training.logging import MetricsLog, Progress
+from jaxft.training.optimizer import learning_rate_schedule
+from jaxft.training.step import Metrics
+
+
+class NonFiniteLossError(RuntimeError):
+    """Too many updates in a row had a loss or gradient that is not finite."""
+
+
+@dataclass
+class Window:
+    """Sums since the last line of the log."""
+
+    loss: float = 0.0  # summed over supervised tokens
+    supervised: int = 0
+    tokens: int = 0
+
+    def add(self, metrics: Metrics) -> None:
+        self.loss += float(metrics.loss) * int(metrics.supervised)
+        self.supervised += int(metrics.supervised)
+        self.tokens += int(metrics.tokens)
+
+
+@dataclass
+class Bookkeeping:
+    """What a checkpoint holds beside the state, as JSON: a resumed run goes on as if nothing had happened."""
+
+    data: Any = None  # the iterator's own state
+    tokens: int = 0
+    window: Window = field(default_factory=Window)
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    stopped_early: bool = False
+    last_eval_loss: float | None = None
+
+    @classmethod
+    def of(cls, progress: dict[str, Any]) -> Self:
+        return cls(**progress | {"window": Window(**progress["window"])})
+
+
+class Update(NamedTuple):
+    """One that the devices were told to make; `step` counts it."""
+
+    step: int
+    metrics: Metrics
+
+
+class Account:
+    """Takes the updates in, each when the next one has been started, so that the devices never wait to be read.
+
+    Attributes:
+        seconds: that one of the updates took which were read last.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        books: Bookkeeping,
+        log: MetricsLog,
+        progress: Progress,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._config, self._schedule, self._total_steps = inputs.config, inputs.schedule, inputs.total_steps
+        self._books, self._log, self._progress, self._clock = books, log, progress, clock
+        self._learning_rate = learning_rate_schedule(inputs.config, inputs.total_steps)
+        self._running: Update | None = None
+        self._logged, self._tokens = clock(), 0  # when the last line was written, and tokens since, in this process
+        self._read = clock()
+        self.seconds = 0.0
+
+    def enter(self, step: int, metrics: Metrics) -> None:
+        """An update was started. Waits for the one before it.
+
+        Raises:
+            NonFiniteLossError: `max_nonfinite_steps` updates in a row were skipped.
+        """
+        before, self._running = self._running, Update(step, metrics)
+        if before is not None:
+            self._settle(before)
+
+    def settle(self) -> None:
+        """Wait for the last update: then the books are those of its step. Raises as `enter` does."""
+        last, self._running = self._running, None
+        if last is not None:
+            self._settle(last)
+
+    def pause(self, seconds: float) -> None:
+        """Time that the tokens per second are not to count."""
+        self._logged += seconds
+        self._read += seconds
+
+    def _settle(self, update: Update) -> None:
+        step, metrics = update.step, jax.device_get(update.metrics)
+        now = self._clock()
+        self.seconds, self._read = now - self._read, now
+        self._books.window.add(metrics)
+        self._tokens += int(metrics.tokens)
+        gave_up = int(metrics.skipped_in_a_row) >= self._config.max_nonfinite_steps
+        record = None
+        if step % self._config.logging_steps == 0 or step == self._total_steps or gave_up:
+            record = self._record(step, metrics, now)
+            self._log.log(record)
+        self._progress.update(step, record)
+        if gave_up:
+            raise NonFiniteLossError(
+                f"step {step}: loss {float(metrics.loss)}, gradient norm {float(metrics.grad_norm)}; "
+                f"{self._config.max_nonfinite_steps} updates in a row were not finite and were skipped. "
+                "Lower learning_rate, or look at the data of these steps"
+            )
+
+    def _record(self, step: int, metrics: Metrics, now: float) -> dict[str, float]:
+        """A line of the log; the window begins anew."""
+        window, self._books.window = self._books.window, Window()
+        self._books.tokens += window.tokens
+        skipped = int(metrics.skipped)
+        record = {
+            "step": step,
+            "epoch": round(self._schedule.epoch(step), 4),
+            "loss": window.loss / max(window.supervised, 1),
+            "grad_norm": float(metrics.grad_norm),
+            "learning_rate": float(self._learning_rate(max(step - 1 - skipped, 0))),  # skipped: not counted
+            "tokens": self._books.tokens,
+            "tokens_per_second": self._tokens / (now - self._logged),
+            "skipped_updates": skipped,
+        }
+        self._logged, self._tokens = now, 0
+        return record
