@@ -64,33 +64,43 @@ def attend(
     for each head that stands beside those of the keys and has no value.
     """
     rule = rule._replace(scale=1 / math.sqrt(q.shape[-1]) if rule.scale is None else rule.scale)
-    batch, length, heads, head_dim = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim)
-    q_blocks, k_blocks = _blocks(length, block), _blocks(k.shape[1], block)
+    q_blocks, k_blocks = _blocks(q.shape[1], block), _blocks(k.shape[1], block)
     cut = Reach(
         reach.offset,
         None if reach.query_segments is None else _cut(reach.query_segments, 1, q_blocks, fill=-2),
         None if reach.key_segments is None else _cut(reach.key_segments, 1, k_blocks, fill=-3),
     )
-    out = _attend(
-        _cut(jnp.moveaxis(grouped, 1, 3), 3, q_blocks),
-        _cut(jnp.moveaxis(k, 1, 2), 2, k_blocks),
-        _cut(jnp.moveaxis(v, 1, 2), 2, k_blocks),
-        None if sinks is None else sinks.astype(jnp.float32).reshape(k.shape[2], -1),
-        cut,
-        rule,
-    )
-    out = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(batch, -1, heads, head_dim)
-    return out[:, :length]
+    return _attend(q, k, v, None if sinks is None else sinks.astype(jnp.float32), cut, rule, (q_blocks, k_blocks))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, reach: Reach, rule: Rule) -> jax.Array:
-    """q [n, B, K, G, b, H], k and v [m, B, K, b, H], in n and m blocks, sinks [K, G]: [n, B, K, G, b, H]."""
-    return _forward(q, k, v, sinks, reach, rule)[0]
+Cuts = tuple[tuple[int, int], tuple[int, int]]
+"""Number and size of the blocks of queries, and of those of keys."""
 
 
-def _forward(q, k, v, sinks, reach, rule):
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, reach: Reach, rule: Rule, cuts: Cuts
+) -> jax.Array:
+    return _forward(q, k, v, sinks, reach, rule, cuts)[0]
+
+
+def _in_blocks(x: jax.Array, heads: int, blocks: tuple[int, int]) -> jax.Array:
+    """[B, T, N, H] -> [n, B, K, G, b, H], in n blocks of b."""
+    return _cut(jnp.moveaxis(x.reshape(*x.shape[:2], heads, -1, x.shape[3]), 1, 3), 3, blocks)
+
+
+def _out_of_blocks(x: jax.Array, length: int) -> jax.Array:
+    """[n, B, K, G, b, H] -> [B, T, N, H]."""
+    rows = jnp.moveaxis(x, (0, 4), (1, 2))
+    return rows.reshape(rows.shape[0], -1, x.shape[2] * x.shape[3], x.shape[5])[:, :length]
+
+
+def _forward(q, k, v, sinks, reach, rule, cuts):
+    """What is kept lies as it came and as it goes out: in blocks, it would be laid out anew for the backward pass."""
+    kept, (length, kv_heads) = (q, k, v, sinks, reach), (q.shape[1], k.shape[2])
+    q, (k, v) = _in_blocks(q, kv_heads, cuts[0]), (_in_blocks(x, kv_heads, cuts[1])[:, :, :, 0] for x in (k, v))
+    sinks = None if sinks is None else sinks.reshape(kv_heads, -1)
+
     def one_block_of_queries(_, i):
         def fold(j, running):
             highest, total, out = running
@@ -111,14 +121,18 @@ def _forward(q, k, v, sinks, reach, rule):
         return None, ((out / total[..., None]).astype(q.dtype), highest + jnp.log(total))
 
     _, computed = jax.lax.scan(one_block_of_queries, None, jnp.arange(q.shape[0]))
-    out, log_total = (named(array, "attention") for array in computed)
-    return out, (q, k, v, sinks, reach, out, log_total)
+    out, log_total = named(_out_of_blocks(computed[0], length), "attention"), named(computed[1], "attention")
+    return out, (*kept, out, log_total)
 
 
-def _backward(rule, residuals, d_out):
+def _backward(rule, cuts, residuals, d_out):
     """Scores are computed as keys x queries, so that each product takes the large operand as it lies."""
     q, k, v, sinks, reach, out, log_total = residuals
-    along = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [n, B, K, G, b]
+    length, kv_length, kv_heads = q.shape[1], k.shape[1], k.shape[2]
+    along = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    q, d_out, along = (_in_blocks(x, kv_heads, cuts[0]) for x in (q, d_out, along))
+    k, v = (_in_blocks(x, kv_heads, cuts[1])[:, :, :, 0] for x in (k, v))
+    along = along[..., 0]  # [n, B, K, G, b]
 
     def one_block_of_queries(carry, i):
         def add(j, sums):
@@ -145,8 +159,10 @@ def _backward(rule, residuals, d_out):
     (d_k, d_v), d_q = jax.lax.scan(one_block_of_queries, start, jnp.arange(q.shape[0]))
     d_sinks = None
     if sinks is not None:
-        d_sinks = -jnp.sum(jnp.exp(sinks[..., None] - log_total) * along, axis=(0, 1, 4))
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), d_sinks, None
+        by_head = sinks.reshape(kv_heads, -1, 1)
+        d_sinks = -jnp.sum(jnp.exp(by_head - log_total) * along, axis=(0, 1, 4)).reshape(-1)
+    d_k, d_v = (_out_of_blocks(x.astype(k.dtype)[:, :, :, None], kv_length) for x in (d_k, d_v))
+    return _out_of_blocks(d_q, length), d_k, d_v, d_sinks, None
 
 
 _attend.defvjp(_forward, _backward)

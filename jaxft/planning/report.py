@@ -59,23 +59,22 @@ def verdict(plan: Plan) -> str:
 def row(plan: Plan) -> str:
     """A line of the table of a search."""
     return (
-        f"{mesh_of(plan):<32}{plan.config.micro_batch_size:>6}  {remat_of(plan.config.remat):<20}"
+        f"{mesh_of(plan):<26}{plan.config.micro_batch_size:>6}  {_as_in_config(plan.config.remat):<44}"
         f"{plan.memory.total / GIB:>8.2f}  {'yes' if plan.fits else 'no':<5}"
         f"{plan.tokens_per_second_per_device:>10,.0f}  {plan.times.bound_by}"
     )
 
 
-HEADING = f"{'mesh':<32}{'micro':>6}  {'remat':<20}{'GiB':>8}  {'fits':<5}{'tokens/s':>10}  bound by"
+HEADING = f"{'mesh':<26}{'micro':>6}  {'remat':<44}{'GiB':>8}  {'fits':<5}{'tokens/s':>10}  bound by"
 
 
 def config_lines(plan: Plan) -> str:
     """What to write into the config to get this plan."""
     sizes = ", ".join(f"{axis}: {size}" for axis, size in plan.mesh.items() if size > 1) or "data: 1"
-    names = plan.config.remat
-    remat = names if isinstance(names, str) else f"[{', '.join(names)}]"
     return (
         f"mesh: {{{sizes}}}\nmicro_batch_size: {plan.config.micro_batch_size}\n"
-        f"gradient_accumulation_steps: {plan.config.gradient_accumulation_steps}\nremat: {remat}"
+        f"gradient_accumulation_steps: {plan.config.gradient_accumulation_steps}\n"
+        f"remat: {_as_in_config(plan.config.remat)}"
     )
 
 
@@ -85,6 +84,10 @@ def mesh_of(plan: Plan) -> str:
 
 def remat_of(remat: Remat | Sequence[str]) -> str:
     return remat if isinstance(remat, str) else f"all but {', '.join(remat)}"
+
+
+def _as_in_config(remat: Remat | Sequence[str]) -> str:
+    return remat if isinstance(remat, str) else f"[{', '.join(remat)}]"
 
 
 def _method(plan: Plan) -> str:
