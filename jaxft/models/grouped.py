@@ -88,7 +88,7 @@ def _looped(x: jax.Array, weight: Weight, sizes: jax.Array, axis: int) -> jax.Ar
     def product(e: jax.Array) -> Callable[[jax.Array], jax.Array]:
         one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, e, 0, keepdims=False), weight)
         one = _dense(one, x.dtype)
-        return lambda rows: contract(rows, one, (1,), (axis,)).astype(x.dtype)
+        return lambda rows: contract(rows, one, (1,), (axis,), x.dtype)
 
     tile = _tile(x.shape[0], sizes.shape[0])
     rows = jnp.pad(x, ((0, tile), (0, 0)))

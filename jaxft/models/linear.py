@@ -41,8 +41,7 @@ def matmul(x: jax.Array, weight: Weight, layout: Layout | None = None, out_dtype
         layout: how the weight is sharded.
         out_dtype: of the result; x's when absent.
     """
-    y = contract(x, _ready(weight, x.dtype, layout), (x.ndim - 1,), (1,))
-    return y.astype(out_dtype or x.dtype)
+    return contract(x, _ready(weight, x.dtype, layout), (x.ndim - 1,), (1,), out_dtype or x.dtype)
 
 
 def _forward(x, weight, layout, out_dtype):
@@ -52,7 +51,7 @@ def _forward(x, weight, layout, out_dtype):
 def _backward(layout, out_dtype, residuals, dy):
     x, weight = residuals
     dy = dy.astype(x.dtype)
-    dx = contract(dy, _ready(weight, x.dtype, layout), (dy.ndim - 1,), (0,)).astype(x.dtype)
+    dx = contract(dy, _ready(weight, x.dtype, layout), (dy.ndim - 1,), (0,), x.dtype)
     if isinstance(weight, QTensor):
         return dx, None
     return dx, _outer(dy, x).astype(weight.dtype)
@@ -82,10 +81,21 @@ def as_stored(x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
-def contract(a: jax.Array, b: jax.Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -> jax.Array:
-    """Contract without transposing either operand: XLA's CPU and GPU kernels take the layouts as they are."""
-    return jax.lax.dot_general(
-        a, b, ((a_axes, b_axes), ((), ())), precision=precision(a.dtype), preferred_element_type=jnp.float32
+def contract(
+    a: jax.Array, b: jax.Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...], dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
+    """Contract without transposing either operand: XLA's CPU and GPU kernels take the layouts as they are.
+
+    The sums are float32 and rounded to `dtype` once; those of several devices are rounded before they are added.
+    """
+
+    def product(a: jax.Array, b: jax.Array, result: jnp.dtype) -> jax.Array:
+        axes = (a_axes, b_axes), ((), ())
+        return jax.lax.dot_general(a, b, axes, precision=precision(a.dtype), preferred_element_type=result)
+
+    # Matrix units round on their way out. Said afterwards, XLA may write the float32 sums to memory first.
+    return jax.lax.platform_dependent(
+        a, b, cpu=lambda a, b: product(a, b, jnp.float32).astype(dtype), default=partial(product, result=dtype)
     )
 
 
