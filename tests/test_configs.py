@@ -48,15 +48,14 @@ def test_a_config_fits_its_machine(path, material, machine):
 
     mesh, largest = plan.mesh, [buffer.array for buffer in plan.program.largest_buffers(10)]
     vocabulary, rows = decoder.vocab_size // mesh["tensor"], config.max_length
-    heads = decoder.num_heads // (mesh["tensor"] * mesh["context"])
     for array in largest:
         size = math.prod(array.shape)
         if vocabulary in array.shape:
             of_weights = decoder.hidden_size % (size // vocabulary) == 0
             assert of_weights, f"{array} are logits"
             assert array.dtype == "bf16" or config.adapter == "none", f"{array} are logits"
-        assert not (array.shape.count(rows) > 1 and size >= heads * rows**2), f"{array} are scores"
-    if config.quantization is not None:
+        assert array.shape.count(rows) < 2, f"{array} are scores"
+    if config.quantization is not None:  # a product takes one matrix, dequantized; no loop may leave more of them
         one_layer = decoder.experts.count if decoder.experts else 1  # matrices; experts are dequantized together
         quantized = [p.tensor_shape for p, _ in parameters(describe(decoder)) if p.name.endswith("_proj.weight")]
         for array in largest:
