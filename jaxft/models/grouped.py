@@ -79,9 +79,12 @@ def _products(x: jax.Array, weight: Weight, sizes: jax.Array, axis: int) -> jax.
 
 
 def _ragged(x: jax.Array, weight: Weight, sizes: jax.Array, axis: int) -> jax.Array:
-    dense = _dense(weight, x.dtype)
+    # Codes an expert at a time: of all at once, scales and products are written to memory in float32.
+    dense = (
+        jax.lax.map(partial(_dense, dtype=x.dtype), weight) if isinstance(weight, QTensor) else weight.astype(x.dtype)
+    )
     numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (axis + 1,)), ((), ())), (0,), (0,))
-    return _ragged_dot(x, dense, sizes, numbers).astype(x.dtype)
+    return _ragged_dot(x, dense, sizes, numbers, x.dtype)
 
 
 def _looped(x: jax.Array, weight: Weight, sizes: jax.Array, axis: int) -> jax.Array:
@@ -113,7 +116,7 @@ def _outer_products(dy: jax.Array, x: jax.Array, sizes: jax.Array) -> jax.Array:
 
 
 def _ragged_outer(dy: jax.Array, x: jax.Array, sizes: jax.Array) -> jax.Array:
-    return _ragged_dot(dy, x, sizes, jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ()))
+    return _ragged_dot(dy, x, sizes, jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ()), jnp.float32)
 
 
 def _looped_outer(dy: jax.Array, x: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -149,10 +152,10 @@ def _tile(rows: int, experts: int) -> int:
     return max(8, min(TILE, 1 << (rows // (2 * experts)).bit_length()))
 
 
-def _ragged_dot(a: jax.Array, b: jax.Array, sizes: jax.Array, numbers: jax.lax.RaggedDotDimensionNumbers) -> jax.Array:
-    return jax.lax.ragged_dot_general(
-        a, b, sizes, numbers, precision=precision(a.dtype), preferred_element_type=jnp.float32
-    )
+def _ragged_dot(
+    a: jax.Array, b: jax.Array, sizes: jax.Array, numbers: jax.lax.RaggedDotDimensionNumbers, dtype: jnp.dtype
+) -> jax.Array:
+    return jax.lax.ragged_dot_general(a, b, sizes, numbers, precision=precision(a.dtype), preferred_element_type=dtype)
 
 
 def _dense(weight: Weight, dtype: jnp.dtype) -> jax.Array:
