@@ -125,7 +125,7 @@ def flops_per_token(packed: bool, sizes: Sizes) -> float:
     examples = EXAMPLES if packed else 1
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     model = AbstractStep(config_of(Row("jaxft", None, 1, "full", packed), sizes), decoder(sizes), mesh).model
-    return work(model, examples, sizes.sequence // examples, 1, False).model_flops / sizes.sequence
+    return work(model, examples, sizes.sequence // examples, 1, False, "cudnn").model_flops / sizes.sequence
 
 
 def drawn(path: tuple, like: "jax.ShapeDtypeStruct") -> "jax.Array":

@@ -345,8 +345,8 @@ class Config(_Section):
             idle = [key for key in _OF_A_NEW_ADAPTER if getattr(self, key) != type(self).model_fields[key].default]
             for key in idle:
                 yield f"`{key}` is that of the adapter in `adapter_name_or_path`; drop one of them"
-        if "activations" in self.offload and self.remat in ("none", "dots"):
-            yield f"`offload` has activations, but `remat` is {self.remat}; set it to full or to a list of names"
+        if "activations" in self.offload and self.remat == "none":
+            yield "`offload` has activations, but `remat` is none; set it to full, dots or a list of names"
         if self.eval_datasets and self.val_set_size:
             yield "`eval_datasets` and `val_set_size` are both given; keep one"
         if self.warmup_ratio and self.warmup_steps:

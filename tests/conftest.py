@@ -31,6 +31,13 @@ from jaxft.planning.machines import CompilerMissingError, Topology, topology  # 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """A compiled program takes some memory maps. Linux gives a process 65,530 of them, and beyond that XLA crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def machine() -> Callable[[str], Topology]:
     """`machine("h100:8")`: devices to compile for; skips where their compiler is not installed."""

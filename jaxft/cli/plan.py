@@ -18,7 +18,7 @@ from jaxft.models.hf_config import decoder_config
 from jaxft.planning.machines import topology
 from jaxft.planning.plan import Plan, make_plan
 from jaxft.planning.report import HEADING, config_lines, describe, row
-from jaxft.planning.search import search
+from jaxft.planning.search import rows_of, search
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile a run's step for a machine, and say whether it fits.")
     parser.add_argument("--config", required=True, help="YAML file, as for scripts/train.py")
     parser.add_argument("--topology", required=True, help="as in v5e:4x4, 2*v5e:4x4 (two slices), h100:8, cpu:1")
-    parser.add_argument("--search", action="store_true", help="find the fastest mesh, micro batch and remat that fit")
+    parser.add_argument(
+        "--search", action="store_true", help="find the fastest mesh, micro batch, accumulation and remat that fit"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the config")
     parsed = parser.parse_intermixed_args(arguments)
@@ -47,7 +49,7 @@ def _plan(parsed: argparse.Namespace) -> bool:
         return _show(make_plan(config, decoder, machine), parsed.json)
     say = (lambda plan: None) if parsed.json else (lambda plan: print(row(plan), flush=True))
     if not parsed.json:
-        print(HEADING)
+        print(f"an update keeps its rows: {rows_of(config, machine)} of {config.max_length} tokens\n\n{HEADING}")
     found = search(config, decoder, machine, say=say)
     _show(found.best or found.smallest, parsed.json, lead="\n")
     if not parsed.json:

@@ -96,7 +96,8 @@ def _out_of_blocks(x: jax.Array, length: int) -> jax.Array:
 
 
 def _forward(q, k, v, sinks, reach, rule, cuts):
-    """What is kept lies as it came and as it goes out: in blocks, it would be laid out anew for the backward pass."""
+    """What is kept, but for a number for each query, lies as it came and as it goes out: blocks would be laid out anew
+    for the backward pass."""
     kept, (length, kv_heads) = (q, k, v, sinks, reach), (q.shape[1], k.shape[2])
     q, (k, v) = _in_blocks(q, kv_heads, cuts[0]), (_in_blocks(x, kv_heads, cuts[1])[:, :, :, 0] for x in (k, v))
     sinks = None if sinks is None else sinks.reshape(kv_heads, -1)

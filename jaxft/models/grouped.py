@@ -81,7 +81,7 @@ def _products(x: jax.Array, weight: Weight, sizes: jax.Array, axis: int) -> jax.
 def _ragged(x: jax.Array, weight: Weight, sizes: jax.Array, axis: int) -> jax.Array:
     # Codes an expert at a time: of all at once, scales and products are written to memory in float32.
     dense = (
-        jax.lax.map(partial(_dense, dtype=x.dtype), weight) if isinstance(weight, QTensor) else weight.astype(x.dtype)
+        jax.lax.map(partial(_dense, dtype=x.dtype), weight) if isinstance(weight, QTensor) else _dense(weight, x.dtype)
     )
     numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (axis + 1,)), ((), ())), (0,), (0,))
     return _ragged_dot(x, dense, sizes, numbers, x.dtype)

@@ -86,7 +86,7 @@ def contract(
 ) -> jax.Array:
     """Contract without transposing either operand: XLA's CPU and GPU kernels take the layouts as they are.
 
-    The sums are float32 and rounded to `dtype` once; those of several devices are rounded before they are added.
+    The sums are float32 and rounded to `dtype` once; off the CPU those of several devices are rounded, then added.
     """
 
     def product(a: jax.Array, b: jax.Array, result: jnp.dtype) -> jax.Array:
@@ -105,14 +105,16 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision:
 
 
 def _ready(weight: Weight, dtype: jnp.dtype, layout: Layout | None) -> jax.Array:
-    """The weight as the matmul needs it. What is gathered is codes, or what was cast to the dtype of the product."""
+    """The weight as the matmul needs it. What is gathered is codes, or the narrower of stored and computed."""
     if isinstance(weight, QTensor):
         if layout is not None:
             shardings = jax.tree.map(layout.sharding, weight.specs(layout.gathered, layout.mesh))
             weight = jax.lax.with_sharding_constraint(weight, shardings)
         return weight.dequantize(dtype)
-    weight = weight.astype(dtype)
-    return weight if layout is None else jax.lax.with_sharding_constraint(weight, layout.sharding(layout.gathered))
+    if layout is None:
+        return weight.astype(dtype)
+    narrow = weight.astype(dtype) if dtype.itemsize < weight.dtype.itemsize else weight
+    return jax.lax.with_sharding_constraint(narrow, layout.sharding(layout.gathered)).astype(dtype)
 
 
 class Linear(nnx.Module):

@@ -27,6 +27,9 @@ SAVES: dict[str, tuple[str, ...]] = {
 """Name of what is kept -> the projections that are then not computed again. `lora` is x Aᵀ of every adapter;
 `attention` the output of the attention and its log-sum-exp; `attention_out` what is added to the residual stream."""
 
+DOTS: tuple[Name, ...] = ("lora", "qkv", "attention_out", "mlp")
+"""What `dots` keeps: the results of products with weights."""
+
 LAYER_INPUT = "layer_input"
 
 HOST = "pinned_host"
@@ -38,14 +41,19 @@ def named(x: jax.Array, name: Name) -> jax.Array:
     return checkpoint_name(x, name)
 
 
+def kept(remat: Remat) -> tuple[Name, ...]:
+    """The names that a policy other than `none` keeps."""
+    return {"full": (), "dots": DOTS}[remat] if isinstance(remat, str) else remat
+
+
 def check(remat: Remat, offload: bool) -> None:
     """Raise ValueError for what is no policy."""
     if not isinstance(remat, str) and (unknown := sorted(set(remat) - set(get_args(Name)))):
         raise ValueError(f"remat: nothing is named {', '.join(unknown)}; names are {', '.join(get_args(Name))}")
     if isinstance(remat, str) and remat not in ("none", "full", "dots"):
         raise ValueError(f"remat is {remat!r}; choose none, full, dots or a list of names")
-    if offload and remat in ("none", "dots"):
-        raise ValueError(f"activations are not offloaded where remat is {remat}; choose full or a list of names")
+    if offload and remat == "none":
+        raise ValueError("activations are not offloaded where remat is none; choose full, dots or a list of names")
 
 
 def rematerialised(layer: Callable, remat: Remat, offload: bool, scanned: bool) -> Callable:
@@ -59,11 +67,9 @@ def rematerialised(layer: Callable, remat: Remat, offload: bool, scanned: bool) 
     if remat == "none":
         return layer
     checkpoint = partial(jax.checkpoint, prevent_cse=not scanned)
-    names = () if isinstance(remat, str) else remat
-    policies = jax.checkpoint_policies
+    names, policies = kept(remat), jax.checkpoint_policies
     if not offload:
-        dots = policies.dots_with_no_batch_dims_saveable
-        policy = dots if remat == "dots" else policies.save_only_these_names(*names)
+        policy = policies.save_only_these_names(*names)
         if "attention" in names:
             policy = policies.save_from_both_policies(policy, _of_cudnn)
         return checkpoint(layer, policy=policy)

@@ -15,13 +15,11 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from jax.sharding import Mesh
-
 from jaxft.models.decoder import Decoder, modules
 from jaxft.models.experts import ExpertLinear
 from jaxft.models.kernels import Kernel
 from jaxft.models.linear import Linear
-from jaxft.models.remat import SAVES
+from jaxft.models.remat import SAVES, Remat, kept
 from jaxft.planning.hlo import Collective
 from jaxft.planning.machines import Machine
 from jaxft.quantization.qtensor import QTensor
@@ -49,6 +47,7 @@ class Product(NamedTuple):
         stored: bytes of all of it.
         converted: it is stored otherwise than it is multiplied with.
         rank: of its adapter; 0: there is none.
+        count: of them: layers, times the experts that a token meets.
     """
 
     name: str
@@ -59,6 +58,7 @@ class Product(NamedTuple):
     stored: int
     converted: bool
     rank: int
+    count: int
 
     @property
     def features(self) -> int:
@@ -103,10 +103,12 @@ class Times(NamedTuple):
 
     @property
     def bound_by(self) -> str:
+        if self.hidden_collectives > self.products + self.memory:
+            return "collectives"
         parts = {
             "matrix products": self.products,
             "memory bandwidth": self.memory,
-            "collectives": self.hidden_collectives + self.exposed_collectives,
+            "collectives": self.exposed_collectives,
         }
         return max(parts, key=parts.__getitem__)
 
@@ -136,14 +138,12 @@ def work(
     # Of a token: forward, gradients, and what is computed again.
     inside = linear + adapters + linear * (2 if full else 1) + 2 * adapters
     needed = inside + 3 * attention + head * (3 if full else 2)
-    keeps_attention = model.remat == "none" or "attention" in model.remat
+    keeps_attention = model.remat == "none" or "attention" in kept(model.remat)
     scores = 3.5 if keeps_attention else 4.5  # the backward pass makes them once more, whatever is kept
-
-    passes = (2 if model.remat in ("none", "dots") else 3) + full
     local = tokens / ways(mesh, ("data", "fsdp", "expert", "context"))
     score_bytes = _SCORE * local * pairs * c.num_heads / ways(mesh, "tensor") if kernel == "blockwise" else 0
     of_a_micro_batch = (
-        Part("layers", tokens * (inside + _recomputed(model, met)), _products_memory(met, mesh, local, passes)),
+        Part("layers", tokens * (inside + _recomputed(model, met)), _products_memory(model, met, local, full)),
         Part("attention", tokens * scores * attention, scores * score_bytes),
         Part("loss", tokens * head * (4 if full else 2), _head_memory(model, local, full)),
         Part("gradients", 0, 3 * trained),
@@ -186,20 +186,24 @@ def products(model: Decoder) -> Iterable[Product]:
         stored = weight.nbytes if quantized else parameters * weight.dtype.itemsize
         converted = quantized or weight.dtype != model.dtype
         rank = 0 if module.adapter is None else module.adapter.spec.max_rank
-        yield Product(name, met * features_in, met * features_out, active, parameters, stored, converted, rank)
+        yield Product(name, met * features_in, met * features_out, active, parameters, stored, converted, rank, met)
+
+
+def _is_recomputed(product: Product, remat: Remat) -> bool:
+    """Whether the backward pass repeats it. A layer's last product is the next one's input, and never wanted again."""
+    if remat == "none":
+        return False
+    saved = {"down_proj"}.union(*(SAVES[name] for name in kept(remat)))
+    return product.name.rpartition(".")[2] not in saved
 
 
 def _recomputed(model: Decoder, met: list[Product]) -> float:
     """FLOPs per token of products with weights that the backward pass repeats, inside the layers."""
-    if model.remat in ("none", "dots"):
-        return 0
-    names = () if model.remat == "full" else model.remat
-    kept = {"down_proj"}.union(*(SAVES[name] for name in names))  # a layer's last product is the next one's input
     total = 0
     for product in met:
-        if product.name.rpartition(".")[2] not in kept:
+        if _is_recomputed(product, model.remat):
             total += 2 * (product.active + product.rank * product.features_out)
-        if "lora" not in names:
+        if model.remat != "none" and "lora" not in kept(model.remat):
             total += 2 * product.rank * product.features_in
     return total
 
@@ -210,19 +214,20 @@ def _pairs(length: int, window: int | None) -> float:
     return window * (window + 1) / 2 + (length - window) * window
 
 
-def _products_memory(met: list[Product], mesh: Mesh, local: float, passes: int) -> float:
+def _products_memory(model: Decoder, met: list[Product], local: float, full: bool) -> float:
     """Bytes that a device with `local` tokens moves for the products inside the layers, in one micro-batch.
 
-    In every pass a weight is read as it is stored, and where it was gathered or converted, written and read once more;
-    activations are written and read on both sides of a product, and once more between two. Of experts, those count
-    that a token of the device meets.
+    In every pass a weight is read as it is stored; where it was gathered, it was written first; and where it was
+    converted, written and read once more. Activations are written and read on both sides of a product, and once more
+    between two. Of experts, those count that a token of the device meets.
     """
-    cut, total = ways(mesh, ("tensor", "expert")), 0.0
+    mesh, total = model.activations.mesh, 0.0
     for product in met:
+        passes = 2 + full + _is_recomputed(product, model.remat)
         bytes = product.stored * (2 if mesh.shape["fsdp"] > 1 else 1)
         bytes += 2 * BFLOAT16 * product.parameters if product.converted else 0
         visited = min(1.0, local * mesh.shape["expert"] * product.active / product.parameters)
-        total += passes * bytes * visited / cut
+        total += passes * bytes * visited / ways(mesh, ("tensor", "expert"))
         total += passes * 3 * BFLOAT16 * local * product.features / ways(mesh, "tensor")
     return total
 

@@ -71,6 +71,7 @@ class Plan:
             "per_device_bytes": asdict(self.memory),
             "mesh": self.mesh,
             "micro_batch_size": self.config.micro_batch_size,
+            "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
             "remat": self.config.remat,
             "attention": self.attention.kernel,
             "collectives": [each._asdict() | {"axes": list(each.axes)} for each in self.collectives],

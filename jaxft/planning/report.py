@@ -59,13 +59,13 @@ def verdict(plan: Plan) -> str:
 def row(plan: Plan) -> str:
     """A line of the table of a search."""
     return (
-        f"{mesh_of(plan):<26}{plan.config.micro_batch_size:>6}  {_as_in_config(plan.config.remat):<44}"
+        f"{mesh_of(plan):<36}{plan.config.micro_batch_size:>6}  {_as_in_config(plan.config.remat):<44}"
         f"{plan.memory.total / GIB:>8.2f}  {'yes' if plan.fits else 'no':<5}"
         f"{plan.tokens_per_second_per_device:>10,.0f}  {plan.times.bound_by}"
     )
 
 
-HEADING = f"{'mesh':<26}{'micro':>6}  {'remat':<44}{'GiB':>8}  {'fits':<5}{'tokens/s':>10}  bound by"
+HEADING = f"{'mesh':<36}{'micro':>6}  {'remat':<44}{'GiB':>8}  {'fits':<5}{'tokens/s':>10}  bound by"
 
 
 def config_lines(plan: Plan) -> str:

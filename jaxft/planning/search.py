@@ -1,6 +1,7 @@
 """Which mesh, micro batch and remat give a run the most tokens per second on a machine, of those that fit.
 
-An update keeps its rows, so that the run learns the same: where micro-batches grow, there are fewer of them.
+An update keeps its rows, so that the run learns the same: where micro-batches grow, there are fewer of them, and a
+mesh that cuts rows into more parts than there are is no candidate.
 
 All candidates are ranked by an estimate that needs no compiler (the roofline of `cost`, with the collectives that the
 mesh implies). Then the best are compiled in turn. One that does not fit rules out larger micro batches of its kind.
@@ -13,7 +14,7 @@ from typing import NamedTuple
 from jaxft.config import Config
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
-from jaxft.models.remat import SAVES, Remat
+from jaxft.models.remat import SAVES, Remat, kept
 from jaxft.planning.abstract import AbstractStep, bytes_per_device
 from jaxft.planning.cost import products, times, work
 from jaxft.planning.hlo import Collective
@@ -107,11 +108,13 @@ def ranked(config: Config, decoder: DecoderConfig, topology: Topology) -> list[C
     rows, machine = rows_of(config, topology), topology.machine
     for sizes in meshes(config, decoder, len(topology.devices), machine.host):
         mesh = make_mesh(sizes, topology.devices)
+        if rows % batch_ways(mesh):
+            continue
         step = AbstractStep(_arranged(config, sizes, 1, "full", rows), decoder, mesh)
         trained = bytes_per_device(step.state.trained)
         kept = bytes_per_device((step.frozen, step.state.optimizer)) + 2 * trained
         room, slow = machine.capacity - kept, slow_axes(mesh, topology)
-        if room <= 0 or rows % batch_ways(mesh):
+        if room <= 0:
             continue
         for remat in (each for each in REMATS if each != "none" or "activations" not in config.offload):
             step.model.remat = remat if isinstance(remat, str) else tuple(remat)
@@ -140,8 +143,7 @@ def rows_of(config: Config, topology: Topology) -> int:
 
 
 def _arranged(config: Config, sizes: dict[str, int], micro: int, remat: Remat | list[str], rows: int) -> Config:
-    """The config on another mesh, with other micro-batches; an update has so many rows, or more where the mesh asks
-    for more."""
+    """The config on another mesh, with other micro-batches; an update has so many rows, or one on each device."""
     mesh = type(config.mesh)(**{"data": 1} | sizes)
     together = micro * mesh.data * mesh.fsdp * mesh.expert
     update = {
@@ -186,17 +188,14 @@ def least_activations(model: Decoder, local: float) -> float:
         for name, modules in SAVES.items():
             cut = 1 if name == "attention_out" else tensor
             sizes[name] += product.features_out / cut if product.name.rpartition(".")[2] in modules else 0
-        sizes["lora"] += layers * product.rank
+        sizes["lora"] += product.count * product.rank
         every += product.features_in / tensor
-    inputs = layers * c.hidden_size
-    match model.remat:
-        case "none" | "dots":
-            kept = inputs + every + sizes["mlp"] + sizes["qkv"]
-        case "full":
-            kept = inputs
-        case names:
-            kept = inputs + sum(sizes[name] for name in names)
-    return 2 * local * (kept + 2 * (every + sizes["mlp"]) / layers)
+    saved = layers * c.hidden_size  # the layers' inputs
+    if model.remat == "none":
+        saved += every + sizes["mlp"] + sizes["qkv"]
+    else:
+        saved += sum(sizes[name] for name in kept(model.remat))
+    return 2 * local * (saved + 2 * (every + sizes["mlp"]) / layers)
 
 
 def _micro_batches(rows: int, length: int) -> Iterator[int]:
@@ -210,22 +209,25 @@ def _collectives(step: AbstractStep, local: float) -> Iterator[Collective]:
     """What the mesh makes devices send in one micro-batch of `local` tokens each, roughly: bfloat16 activations,
     weights as they are stored."""
     c, mesh = step.model.config, step.mesh.shape
-    passes = 3 if step.model.remat == "full" else 2
+    names = SAVES.keys() if step.model.remat == "none" else kept(step.model.remat)
     activations = len(c.layers) * local * c.hidden_size * 2
 
     def sent(kind: str, axis: str, bytes: float) -> Collective:
         return Collective(kind, (axis,), "", 0, int(bytes * (mesh[axis] - 1) / mesh[axis]))
 
-    # What is computed again and its gradient share one gathering.
-    yield sent("all-gather", "fsdp", 2 * bytes_per_device(step.frozen) * mesh["fsdp"])
-    yield sent("all-reduce", "data", 2 * bytes_per_device(step.state.trained))
-    yield sent("all-reduce", "tensor", 2 * 2 * passes * activations)
-    yield sent("all-to-all", "context", 4 * passes * activations)
+    # What is computed again and its gradient share one gathering. What is trained is gathered in half of its float32.
+    frozen, trained = bytes_per_device(step.frozen), bytes_per_device(step.state.trained)
+    yield sent("all-gather", "fsdp", (2 * frozen + trained) * mesh["fsdp"])
+    yield sent("reduce-scatter", "fsdp", trained * mesh["fsdp"])
+    yield sent("all-reduce", "data", 2 * trained)
+    # Of two sums, of attention and feed-forward, forward and backward, the first may be made again.
+    yield sent("all-reduce", "tensor", 2 * (4 if "attention_out" in names else 5) * activations)
+    yield sent("all-to-all", "context", (8 if "attention" in names else 12) * activations)
     if c.experts:
-        yield sent("all-gather", "expert", 2 * passes * activations * mesh["expert"])
+        yield sent("all-gather", "expert", (4 if "mlp" in names else 6) * activations * mesh["expert"])
 
 
 def _at_least_as_large(config: Config, than: Config) -> bool:
-    """Whether it takes no less memory: the same mesh and remat with no smaller a micro batch."""
-    same = config.mesh == than.mesh and config.remat == than.remat
-    return same and config.micro_batch_size >= than.micro_batch_size
+    """Whether it takes no less memory: the same mesh, and neither a smaller micro batch nor a remat that keeps less."""
+    keeps_less = REMATS.index(config.remat) < REMATS.index(than.remat)
+    return config.mesh == than.mesh and config.micro_batch_size >= than.micro_batch_size and not keeps_less

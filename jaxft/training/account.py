@@ -57,7 +57,7 @@ class Update(NamedTuple):
 
 
 class Account:
-    """Takes the updates in, each when the next one has been started, so that the devices never wait to be read.
+    """Takes the updates in, each when the next one has been started, unless it is told to `settle` before.
 
     Attributes:
         seconds: that one of the updates took which were read last.

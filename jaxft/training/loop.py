@@ -32,8 +32,8 @@ SAVE_SECONDS = 600
 """A run that does not say how often it saves never loses more than this."""
 
 WAITED_FOR, AHEAD = 0.5, 8
-"""Where an update takes more seconds, each is waited for, so that a signal stops the run at the next one. Shorter ones
-are started one ahead of what is read, and after so many of them the run looks whether it is to stop."""
+"""Where the devices take more seconds for an update, each is waited for, so that a signal stops the run at the next.
+Shorter ones are started one ahead of what is read, and after so many of them the run looks whether it is to stop."""
 
 logger = logging.getLogger(__name__)
 
@@ -140,14 +140,13 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
                 continue
 
             account.settle()
+            improved = False
             if evaluates:
                 pause = time.monotonic()
                 loss = evaluate(state.trained)
                 log_evaluation(log, progress, step, loss)
                 improved = note_evaluation(books, config, step, loss)
                 account.pause(time.monotonic() - pause)
-            else:
-                improved = False
             finished = step == inputs.total_steps or books.stopped_early
             overdue = is_writer() and is_overdue(config, time.monotonic() - saved)  # clocks differ
             slow = account.seconds > WAITED_FOR
@@ -184,7 +183,7 @@ def is_overdue(config: Config, seconds: float) -> bool:
 
 
 class StopSignal(AbstractContextManager):
-    """Turns the first SIGTERM or SIGINT into a request to stop at the next step; the second acts as usual.
+    """Turns the first SIGTERM or SIGINT into a request to stop; the second acts as usual.
 
     Of several processes each has its own; one request stops all.
     """

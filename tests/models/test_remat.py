@@ -14,7 +14,7 @@ from jaxft.config import RematName
 from jaxft.models.config import DecoderConfig, LayerSpec, Rope
 from jaxft.models.decoder import initialize
 from jaxft.models.linear import Adapter
-from jaxft.models.remat import SAVES, Name, check
+from jaxft.models.remat import DOTS, SAVES, Name, check
 from jaxft.training.state import Partition
 
 LAYERS = (LayerSpec(), LayerSpec(window=5), LayerSpec(), LayerSpec(window=5), LayerSpec())
@@ -54,6 +54,7 @@ def test_what_a_name_keeps_is_not_computed_again():
     assert all(products < full for products in kept.values()), (full, kept)
     assert gradient(("lora", "mlp"))[1] < min(kept["lora"], kept["mlp"])
     assert gradient("none")[1] <= gradient(ALL)[1] < min(kept.values())
+    assert gradient("dots")[1] == gradient(DOTS)[1] < min(kept[name] for name in DOTS)
 
 
 def test_the_config_knows_the_same_names():
@@ -65,5 +66,5 @@ def test_unknown_policies():
         check(("qvk",), False)
     with pytest.raises(ValueError, match="remat is 'some'; choose none, full, dots or a list"):
         check("some", False)
-    with pytest.raises(ValueError, match="not offloaded where remat is none; choose full or a list"):
+    with pytest.raises(ValueError, match="not offloaded where remat is none; choose full, dots or a list"):
         check("none", True)

@@ -42,6 +42,7 @@ def step_of(changes, raw=None):
         {"remat": "none"},
         {"remat": "full"},
         {"remat": ["qkv", "mlp"]},
+        {"remat": "dots"},
         {"remat": ["attention", "attention_out"]},
         {"remat": "none", "lora_target_modules": ["q_proj", "down_proj"], "lora_r": 64},
         {"remat": "full", "adapter": "none"},
@@ -58,7 +59,7 @@ def test_hardware_flops_are_those_that_xla_counts(changes):
     full, model = changes.get("adapter") == "none", step_of(changes, ONE_LAYER).model
     estimated, c = work(model, 2, 192, 1, full, "blockwise").hardware_flops, model.config
     masked = 2 * 4 * c.num_heads * c.head_dim * 192 * (191 / 2) * len(c.layers)  # forward
-    masked *= 3.5 if "remat" == "none" or "attention" in changes["remat"] else 4.5
+    masked *= 3.5 if changes["remat"] == "none" or "attention" in changes["remat"] else 4.5
     assert estimated + masked == pytest.approx(counted, rel=0.06)
 
 
@@ -92,7 +93,9 @@ def test_times_of_known_work():
     assert found == (2 / PRODUCTS, pytest.approx(7 / MEMORY), pytest.approx(2 / NETWORK), pytest.approx(2 / NETWORK))
     assert found.step == pytest.approx(2 / PRODUCTS + 7 / MEMORY + 2 / NETWORK)
     assert found.bound_by == "memory bandwidth"
-    assert Times(1.0, 0.1, 0.8, 0.9).bound_by == "collectives"
+    assert Times(1.0, 0.1, 0.8, 0.9).bound_by == "matrix products"
+    assert Times(1.0, 0.9, 1.2, 0).bound_by == "matrix products"  # they go on beside the network
+    assert Times(1.0, 0.9, 2.0, 0).bound_by == Times(1.0, 0.9, 0, 1.1).bound_by == "collectives"
 
 
 def test_memory_that_is_moved():
@@ -113,11 +116,13 @@ def test_memory_that_is_moved():
     assert plain["loss"] == 3 * (2 * 2 * head + 512 * 12)
     assert (plain["attention"], plain["gradients"], plain["optimizer"]) == (0, 9000, 7000)
     again = moved(remat="full")
-    assert again["layers"] == 3 * 1.5 * (2 * 2 * layer + activations)
+    down = 256 * 1024, 2 * 3 * 2 * 1280 / 2  # which is not computed again
+    assert again["layers"] == 3 * (1.5 * (2 * 2 * layer + activations) - 2 * down[0] - down[1])
     codes = layer / 2 + layer / 64 * 4
     assert moved(load_in_4bit=True)["layers"] == 3 * (2 * (codes + 4 * layer) + activations)
     whole = moved(adapter="none")  # stored in float32, multiplied in bfloat16, and once more for the weights' gradient
     assert whole["layers"] == 3 * 1.5 * (2 * (4 + 4) * layer + activations)
+    assert moved(remat=["qkv", "attention_out", "mlp"])["layers"] == plain["layers"]
 
 
 def test_scores_that_are_not_kept_on_the_chip_are_moved():

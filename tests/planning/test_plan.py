@@ -102,6 +102,7 @@ def test_the_report_and_the_json_say_the_same(small):
     told, text = plan.to_json(), describe(plan)
     assert set(told) >= {
         "fits", "capacity_bytes", "per_device_bytes", "mesh", "micro_batch_size", "remat", "collectives", "attention",
+        "gradient_accumulation_steps",
         "step_seconds", "tokens_per_second_per_device", "bound_by", "compile_seconds",
     }  # fmt: skip
     assert json.loads(json.dumps(told)) == told
