@@ -175,7 +175,7 @@ def jaxft_step(row: Row, sizes: Sizes, machine: str, say: Callable) -> tuple[Cal
     seconds = time.perf_counter() - began
     examples = EXAMPLES if row.packed else 1
     length = sizes.sequence // examples
-    done = work(abstract.model, row.rows * examples, length, 1, False)
+    done = work(abstract.model, row.rows * examples, length, 1, False, abstract.attention.kernel)
     planned = times(done, (), machine_of(machine), 1, set())
     say(plan_bytes=memory_of(abstract, compiled).total, plan_seconds=planned.step, compile_seconds=seconds)
 
