@@ -161,7 +161,7 @@ def jaxft_step(row: Row, sizes: Sizes, machine: str, say: Callable) -> tuple[Cal
     import numpy as np
 
     from jaxft.data.batch import Batch
-    from jaxft.planning.abstract import AbstractStep
+    from jaxft.planning.abstract import AbstractStep, bytes_per_device
     from jaxft.planning.cost import times, work
     from jaxft.planning.plan import memory_of
     from jaxft.sharding.mesh import make_mesh
@@ -175,7 +175,8 @@ def jaxft_step(row: Row, sizes: Sizes, machine: str, say: Callable) -> tuple[Cal
     seconds = time.perf_counter() - began
     examples = EXAMPLES if row.packed else 1
     length = sizes.sequence // examples
-    done = work(abstract.model, row.rows * examples, length, 1, False, abstract.attention.kernel)
+    trained = bytes_per_device(abstract.state.trained)
+    done = work(abstract.model, row.rows * examples, length, 1, False, abstract.attention.kernel, trained)
     planned = times(done, (), machine_of(machine), 1, set())
     say(plan_bytes=memory_of(abstract, compiled).total, plan_seconds=planned.step, compile_seconds=seconds)
 

@@ -116,9 +116,7 @@ class MeshConfig(_Section):
     data: int = Field(-1, description="Groups that each hold the whole model and their own rows; -1 = the rest.")
     fsdp: int = Field(1, description="Devices that split rows and also weights (ZeRO-3); -1 = the rest.")
     expert: int = Field(1, description="Devices that split rows and share out the experts of a layer; -1 = the rest.")
-    context: int = Field(
-        1, description="Devices that split the tokens of each row (sequence parallelism); -1 = the rest."
-    )
+    context: int = Field(1, description="Devices that split the tokens of rows (sequence parallelism); -1 = the rest.")
     tensor: int = Field(1, description="Devices that split every matrix product; -1 = the rest.")
 
     @model_validator(mode="before")
@@ -269,11 +267,6 @@ class Config(_Section):
         0, description="Held-out examples that base and tuned model answer; scored by equality."
     )
     max_new_tokens: PositiveInt = Field(128, description="Tokens in the longest generated answer.")
-
-    @property
-    def quantization(self) -> Literal["nf4", "int4", "int8"] | None:
-        """The code of the frozen base, or None where it keeps `dtype`."""
-        return self.quant_type
 
     def to_yaml(self) -> str:
         """All keys, resolved, in the order of the schema; loads to an equal config."""

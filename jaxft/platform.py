@@ -4,7 +4,8 @@ What the user has set, in the environment, stays as it is.
 
 - Compiled programs are kept in `~/.cache/jaxft/xla` (`JAX_COMPILATION_CACHE_DIR`; `JAX_ENABLE_COMPILATION_CACHE=0`
   for none), so that a run that starts again, or goes on, does not compile again. Not so where there is no compiler but
-  that for CPUs: XLA was seen to crash while it wrote a CPU program down (jax 0.10.2, in a process of many programs).
+  that for CPUs, which is done in seconds: XLA was seen to crash while it wrote a CPU program down (jax 0.10.2), in
+  processes of so many programs that they may have been at the end of their memory maps.
 - On an NVIDIA GPU a program may take 92 % of the memory (`XLA_PYTHON_CLIENT_MEM_FRACTION`). JAX's own 75 % are for
   sharing the GPU with others; what is left is for CUDA itself and the libraries' workspaces.
 

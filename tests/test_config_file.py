@@ -323,10 +323,10 @@ def test_the_source_is_not_changed():
     ({"lora_r": 8}, "lora_rank=4", {"lora_r": 4}),
     ({"cutoff_len": 100}, "sequence_len=200", {"max_length": 200}),
     ({"train_on_inputs": True}, "assistant_only_loss=true", {"assistant_only_loss": True}),
-    ({"load_in_4bit": True}, "quantization_bit=8", {"quantization": "int8", "load_in_4bit": False}),
-    ({"quantization_bit": 4}, "quant_type=int8", {"quantization": "int8", "load_in_4bit": False}),
-    ({"quant_type": "nf4", "load_in_4bit": True}, "load_in_4bit=false", {"quantization": None}),
-    ({"quant_type": "nf4", "load_in_4bit": True}, "quant_type=null", {"quantization": None}),
+    ({"load_in_4bit": True}, "quantization_bit=8", {"quant_type": "int8", "load_in_4bit": False}),
+    ({"quantization_bit": 4}, "quant_type=int8", {"quant_type": "int8", "load_in_4bit": False}),
+    ({"quant_type": "nf4", "load_in_4bit": True}, "load_in_4bit=false", {"quant_type": None}),
+    ({"quant_type": "nf4", "load_in_4bit": True}, "quant_type=null", {"quant_type": None}),
     ({"adapter": "dora", "use_dora": True}, "adapter=lora", {"adapter": "lora", "use_dora": False}),
     ({"adapter": "dora"}, "use_dora=false", {"adapter": "lora"}),
     ({"use_dora": True}, "use_peft=false", {"adapter": "none", "use_dora": False}),
@@ -346,7 +346,7 @@ def test_an_override_wins_over_every_spelling_in_the_file(given, override, expec
 def test_overrides_do_not_excuse_each_other():
     assert "both true" in complaint(BASE, ["load_in_4bit=true", "load_in_8bit=true"])
     assert "both given" in complaint(BASE, ["warmup_steps=3", "warmup_ratio=0.1"])
-    assert load_config(BASE, ["load_in_4bit=true", "quant_type=int4"]).quantization == "int4"
+    assert load_config(BASE, ["load_in_4bit=true", "quant_type=int4"]).quant_type == "int4"
 
 
 @pytest.mark.parametrize("override, problem", [

@@ -55,7 +55,7 @@ def test_a_config_fits_its_machine(path, material, machine):
             assert of_weights, f"{array} are logits"
             assert array.dtype == "bf16" or config.adapter == "none", f"{array} are logits"
         assert array.shape.count(rows) < 2, f"{array} are scores"
-    if config.quantization is not None:  # a product takes one matrix, dequantized; no loop may leave more of them
+    if config.quant_type is not None:  # a product takes one matrix, dequantized; no loop may leave more of them
         one_layer = decoder.experts.count if decoder.experts else 1  # matrices; experts are dequantized together
         quantized = [p.tensor_shape for p, _ in parameters(describe(decoder)) if p.name.endswith("_proj.weight")]
         for array in largest:

@@ -37,4 +37,4 @@ def test_the_config_in_the_readme_is_valid(tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     config = tmp_path / "my.yaml"
     config.write_text(text.split("```yaml\n")[1].split("```")[0])
-    assert load_config(config).quantization == "nf4"
+    assert load_config(config).quant_type == "nf4"

@@ -292,7 +292,7 @@ def _report_data(
         method = f"going on from {Path(c.adapter_name_or_path).name}"
     else:
         method = "full fine-tuning" if c.adapter == "none" else f"{c.adapter} r={c.lora_r} alpha={c.lora_alpha:g}"
-    base = f"{c.quantization or c.dtype} base" if c.adapter != "none" else f"{c.dtype} compute"
+    base = f"{c.quant_type or c.dtype} base" if c.adapter != "none" else f"{c.dtype} compute"
     revision = f" @ {c.model_revision}" if c.model_revision else ""
     return ReportData(
         model=f"{c.model_name_or_path}{revision}",

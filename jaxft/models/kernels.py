@@ -124,9 +124,9 @@ def choose(implementation: Implementation, case: Case) -> Choice:
         if native is None:
             return Choice("blockwise", f"as there is no kernel for a {case.platform}")
         against = objection(native, case)
-        return (
-            Choice(native, "made for this chip") if against is None else Choice("blockwise", f"not {native}: {against}")
-        )
+        if against is not None:
+            return Choice("blockwise", f"not {native}: {against}")
+        return Choice(native, "made for this chip")
     against = objection(implementation, case)
     if against is not None:
         raise ValueError(f"attn_implementation is {implementation}: {against}; or choose auto or blockwise")

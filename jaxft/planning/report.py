@@ -94,4 +94,4 @@ def _method(plan: Plan) -> str:
     c = plan.config
     if c.adapter == "none":
         return f"every weight, computed in {c.dtype}"
-    return f"{c.adapter} r={c.lora_r} on a base in {c.quantization or c.dtype}"
+    return f"{c.adapter} r={c.lora_r} on a base in {c.quant_type or c.dtype}"

@@ -112,8 +112,8 @@ def ranked(config: Config, decoder: DecoderConfig, topology: Topology) -> list[C
             continue
         step = AbstractStep(_arranged(config, sizes, 1, "full", rows), decoder, mesh)
         trained = bytes_per_device(step.state.trained)
-        kept = bytes_per_device((step.frozen, step.state.optimizer)) + 2 * trained
-        room, slow = machine.capacity - kept, slow_axes(mesh, topology)
+        held = bytes_per_device((step.frozen, step.state.optimizer)) + 2 * trained
+        room, slow = machine.capacity - held, slow_axes(mesh, topology)
         if room <= 0:
             continue
         for remat in (each for each in REMATS if each != "none" or "activations" not in config.offload):

@@ -15,7 +15,7 @@ from jaxft.models.decoder import Decoder, describe_model
 from jaxft.models.kernels import Backend, Choice, choice
 from jaxft.models.linear import Adapter
 from jaxft.models.placement import check_mesh
-from jaxft.models.remat import Remat
+from jaxft.models.remat import Remat, kept
 from jaxft.quantization.formats import parse_format
 from jaxft.quantization.qtensor import Format
 
@@ -48,7 +48,7 @@ class Recipe:
 
     @property
     def quantization(self) -> Format | None:
-        kind = self.config.quantization
+        kind = self.config.quant_type
         if kind is None:
             return None
         group_size = self.config.quant_group_size if kind == "int4" else None
@@ -86,7 +86,7 @@ class Recipe:
         """
         c = self.config
         chosen = choice(self.decoder, Backend(c.attn_implementation, mesh), jnp.dtype(c.dtype), c.packing)
-        if chosen.kernel == "cudnn" and "activations" in c.offload and "attention" in self.remat:
+        if chosen.kernel == "cudnn" and "activations" in c.offload and "attention" in kept(self.remat):
             raise ValueError(
                 "remat has attention and offload activations, but what cuDNN's attention keeps cannot be offloaded; "
                 "take attention out of remat, and it is computed again"
