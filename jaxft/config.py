@@ -203,6 +203,12 @@ class Config(_Section):
     excess_length_strategy: Literal["drop", "truncate", "raise"] = Field(
         "drop", description="What happens to an example longer than max_length; the count is reported."
     )
+    on_bad_record: Literal["error", "drop"] = Field(
+        "error", description="What happens to records that cannot be trained on; all are named, or dropped and counted."
+    )
+    strict_data: bool = Field(
+        False, description="What an example says and the chat template does not show is an error, not a warning."
+    )
     packing: bool = Field(False, description="Several examples to a row; none attends to another.")
     assistant_only_loss: bool = Field(True, description="Learn the assistant's turns; false = all tokens.")
     chat_template: str | None = Field(

@@ -7,35 +7,53 @@ belongs to the prompt.
 
 Special tokens are written by templates only. Where a content spells one (`<|im_start|>` in a user's
 message), the token is replaced by the ordinary tokens of its letters, so that no content can open or close a
-turn.
+turn. An event counts it.
 
-A completion is prompt + completion + EOS, a text is text + EOS, each after BOS if the tokenizer adds one.
+A completion is prompt + completion + EOS, a text is text + EOS, each after BOS if the tokenizer adds one. Data often
+spell the two at their ends already; then they are read as the tokens, and not added again. A text that went through
+the chat template before it came here keeps its special tokens, and is closed by the template's end of turn.
 """
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from functools import lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.text import Text as Styled
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from jaxft.data.conversations import Conversation
+from jaxft.data import shown
+from jaxft.data.conversations import Conversation, Message
+from jaxft.data.events import RENDERED, WRITTEN_ENDS, Event
 from jaxft.data.formats import Completion, Example, Text
+from jaxft.data.sources import BadRecord
+from jaxft.data.template_process import OUTPUT_LIMIT, OutputLimitError, StoppedError
+from jaxft.data.templates import find_template, own_templates
 from jaxft.data.tokenized import Tokenized
-from jaxft.data.turns import ChatTemplate, Rendered
+from jaxft.data.turns import ChatTemplate, Rendered, any_of
 
-CHATML = (
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
+logger = logging.getLogger(__name__)
+
 #: The day that templates with a date are told, always the same so that a resumed run reads the same tokens.
 TODAY = date(2024, 7, 26)
 _CHUNK = 256  # examples tokenized in one call
+
+
+class Encoded(NamedTuple):
+    """An example in tokens, and what happened to it on the way."""
+
+    tokenized: Tokenized
+    events: tuple[Event, ...]
+
+
+class TooLong(NamedTuple):
+    """An example of so many characters that it is not tokenized."""
+
+    characters: int
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
@@ -60,8 +78,7 @@ class Renderer:
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        chat_template: a name among the tokenizer's own templates, `chatml`, a path of a Jinja file, or the
-            template itself; None = the tokenizer's default, if it has one.
+        chat_template: as in `templates.find_template`.
         today: the date for templates that write one.
         time_limit: seconds that the template may take for one conversation.
 
@@ -83,47 +100,82 @@ class Renderer:
                 f"{type(tokenizer).__name__} is not a fast tokenizer: it cannot tell where its tokens stand"
             )
         self.tokenizer = tokenizer
-        specials = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        added = tokenizer.added_tokens_decoder
+        specials = {index: token.content for index, token in added.items() if token.special}
+        self._special = any_of(specials.values())
+        self._own_markup = " ".join(token.content for token in added.values())
         self._is_special = np.zeros(max(specials, default=-1) + 2, bool)
         self._is_special[list(specials)] = True
-        beginning = tokenizer("a", verbose=False).input_ids[:1]
-        self._bos = beginning if beginning == [tokenizer.bos_token_id] else []
-        source = _find_template(tokenizer, chat_template)
+        self._bos = _put_first(tokenizer)
+        source = find_template(tokenizer, chat_template, tokenizer.bos_token_id in self._bos)
         self.template = source and ChatTemplate(
-            source, tokenizer.special_tokens_map, specials.values(), today, time_limit
+            source,
+            tokenizer.special_tokens_map,
+            specials.values(),
+            today,
+            time_limit,
+            [token.content for token in added.values()],
+            tokenizer.decode(self._bos),
         )
+        if self.template and self._bos and source not in own_templates(tokenizer).values():
+            self._tell_of_bos()
         self._spell = lru_cache(self._spell_out)
 
-    def encode(self, examples: Iterable[Example], *, assistant_only_loss: bool = True) -> list[Tokenized]:
-        """Tokens and masks of the examples, in their order.
+    def encode(
+        self, examples: Iterable[Example], *, assistant_only_loss: bool = True
+    ) -> list[Encoded | BadRecord | TooLong]:
+        """What becomes of each example, in their order.
 
         Args:
             examples: conversations, completions or texts.
             assistant_only_loss: learn assistant turns and completions; False = every token but the first.
 
         Raises:
-            ValueError: with the example's origin.
+            ValueError: with the example's origin: its template runs for too long, or it has none.
         """
         examples, encoded = iter(examples), []
-        while chunk := [self._render(example) for example in islice(examples, _CHUNK)]:
-            encoded += self._tokenize(chunk)
-        if not assistant_only_loss:
-            encoded = [Tokenized(tokens, np.arange(len(tokens)) > 0) for tokens, _ in encoded]
+        while chunk := list(islice(examples, _CHUNK)):
+            encoded += self._encode(chunk, assistant_only_loss)
         return encoded
+
+    def _encode(
+        self, examples: Sequence[Example], assistant_only_loss: bool
+    ) -> Iterator[Encoded | BadRecord | TooLong]:
+        rendered = [self._try_to_render(example) for example in examples]
+        tokens = iter(self._tokens([one for one in rendered if isinstance(one, Rendered)]))
+        for example, one in zip(examples, rendered, strict=True):
+            if not isinstance(one, Rendered):
+                yield one
+                continue
+            try:
+                tokenized = self._mask(one, *next(tokens))
+            except ValueError as error:
+                yield BadRecord(example.origin, str(error))
+                continue
+            if not assistant_only_loss:
+                tokenized = Tokenized(tokenized.tokens, np.arange(len(tokenized.tokens)) > 0)
+            yield Encoded(tokenized, one.events)
+
+    def is_rendered(self, text: str) -> bool:
+        """Whether a text went through the chat template already."""
+        return self.template is not None and self.template.is_rendered(text)
 
     def prompt(self, example: Conversation | Completion) -> tuple[np.ndarray, str]:
         """The tokens (int32[n]) that ask for the last answer of an example, and that answer."""
-        if isinstance(example, Completion):
-            rendered = Rendered(example.prompt, (), ((0, len(example.prompt)),), add_bos=True)
-            return self._tokenize([rendered])[0].tokens, example.completion
-        if isinstance(example, Text):
-            raise ValueError(f"{example.origin}: plain text has no prompt to answer")
-        last = max(i for i, message in enumerate(example.messages) if message.role == "assistant")
         try:
-            rendered = self._need_template().prompt(example.messages[:last], example.tools)
+            if isinstance(example, Text):
+                raise ValueError("plain text has no prompt to answer")
+            if isinstance(example, Completion):
+                whole = () if example.rendered else ((0, len(example.prompt)),)
+                rendered = Rendered(example.prompt, (), whole, add_bos=not self._begins_with_bos(example.prompt))
+                reference = example.completion
+            else:
+                last = max(i for i, message in enumerate(example.messages) if message.role == "assistant")
+                rendered = self._need_template().prompt(example.messages[:last], example.tools)
+                reference = example.messages[last].content
+            return self._mask(rendered, *next(iter(self._tokens([rendered])))).tokens, reference
         except ValueError as error:
             raise ValueError(f"{example.origin}: {error}") from None
-        return self._tokenize([rendered])[0].tokens, example.messages[last].content
 
     def show(self, example: Tokenized) -> Styled:
         """The example as text, with what is learned in bold green between ⟦ and ⟧."""
@@ -145,19 +197,63 @@ class Renderer:
             )
         return self.template
 
-    def _render(self, example: Example) -> Rendered:
-        if isinstance(example, Completion):
-            asked, text = len(example.prompt), example.prompt + example.completion
-            return Rendered(text, ((asked, len(text)),), ((0, len(text)),), add_bos=True, add_eos=True)
-        if isinstance(example, Text):
-            whole = ((0, len(example.text)),)
-            return Rendered(example.text, whole, whole, add_bos=True, add_eos=True)
+    def _try_to_render(self, example: Example) -> Rendered | BadRecord | TooLong:
         try:
-            return self._need_template().render(example)
-        except ValueError as error:
+            template = self._need_template() if isinstance(example, Conversation) else None
+            self._eos()
+        except ValueError as error:  # befalls all examples alike
             raise ValueError(f"{example.origin}: {error}") from None
+        try:
+            if template:
+                return template.render(example)
+            asked = example.prompt if isinstance(example, Completion) else ""
+            answer = example.completion if isinstance(example, Completion) else example.text
+            if len(asked) + len(answer) > OUTPUT_LIMIT:
+                return TooLong(OUTPUT_LIMIT)
+            return self._continuation(asked, answer, example.rendered, example.events)
+        except OutputLimitError:
+            return TooLong(OUTPUT_LIMIT)
+        except StoppedError as error:
+            raise ValueError(f"{example.origin}: {error}") from None
+        except ValueError as error:
+            return BadRecord(example.origin, str(error))
 
-    def _tokenize(self, rendered: Sequence[Rendered]) -> list[Tokenized]:
+    def _continuation(self, asked: str, answer: str, rendered: bool, events: tuple[Event, ...]) -> Rendered:
+        """A text without a template, or one that has been through it: BOS, the two parts, and an end."""
+        starts, ends = self._begins_with_bos(asked or answer), self._ends_with_eos(answer)
+        if rendered:
+            answer += "" if ends else self.template.closing(answer)
+            text = asked + answer
+            closed = ends or self.template.stop is not None
+            events = (*events, RENDERED)
+            return Rendered(text, ((len(asked), len(text)),), (), not starts, not closed, events)
+        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
+        if starts:
+            asked, answer = (asked.removeprefix(bos), answer) if asked else (asked, answer.removeprefix(bos))
+        if ends:
+            answer = answer.rstrip().removesuffix(eos)
+        text = asked + answer
+        events = (*events, *((WRITTEN_ENDS,) if starts or ends else ()))
+        events = (*events, *shown.markup_events(text, self._special, self._own_markup))
+        return Rendered(text, ((len(asked), len(text)),), ((0, len(text)),), True, True, events)
+
+    def _begins_with_bos(self, text: str) -> bool:
+        return bool(self._bos) and text.startswith(self.tokenizer.bos_token or "\0")
+
+    def _ends_with_eos(self, text: str) -> bool:
+        return text.rstrip().endswith(self.tokenizer.eos_token or "\0")
+
+    def _tell_of_bos(self) -> None:
+        text = self.template.prompt([Message("user", "question")]).text
+        if not text.startswith(self.tokenizer.decode(self._bos)):
+            logger.warning(
+                "the chat template does not begin with %s, which the tokenizer puts before every text; "
+                "if the model was trained with it, begin the template with {{ bos_token }}",
+                self.tokenizer.decode(self._bos),
+            )
+
+    def _tokens(self, rendered: Sequence[Rendered]) -> Iterator[tuple[np.ndarray, Sequence[tuple[int, int]]]]:
+        """Tokens, int32[n], and their places in each text, before what a content spells is taken as letters."""
         encoding = self.tokenizer(
             [one.text for one in rendered],
             add_special_tokens=False,
@@ -166,8 +262,8 @@ class Renderer:
             return_attention_mask=False,
             verbose=False,
         )
-        pairs = zip(rendered, encoding.input_ids, encoding.offset_mapping, strict=True)
-        return [self._mask(one, np.asarray(ids, np.int32), offsets) for one, ids, offsets in pairs]
+        for ids, offsets in zip(encoding.input_ids, encoding.offset_mapping, strict=True):
+            yield np.asarray(ids, np.int32), offsets
 
     def _mask(self, rendered: Rendered, tokens: np.ndarray, offsets: Sequence[tuple[int, int]]) -> Tokenized:
         starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
@@ -220,18 +316,10 @@ def _within(spans: Iterable[tuple[int, int]], length: int) -> np.ndarray:
     return inside
 
 
-def _find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str | None:
-    """The template that `name` stands for; None if the tokenizer has none and none was asked for."""
-    own = tokenizer.chat_template or {}
-    own = {"default": own} if isinstance(own, str) else own
-    named = {"chatml": CHATML, **own}
-    if name is None and own and "default" not in own:
-        raise ValueError(f"the tokenizer has several chat templates; set `chat_template` to one of: {', '.join(own)}")
-    if name is None or name in named:
-        return named.get(name or "default")
-    if "{{" in name or "{%" in name:
-        return name
-    try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"chat template {name!r}: no such file, and no name among: {', '.join(named)}") from None
+def _put_first(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a text: BOS, or none, or others."""
+    tokens, plain = (
+        tokenizer("a", verbose=False).input_ids,
+        tokenizer("a", add_special_tokens=False, verbose=False).input_ids,
+    )
+    return tokens[: next((i for i in range(len(tokens)) if tokens[i : i + len(plain)] == plain), 0)]

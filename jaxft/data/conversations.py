@@ -3,14 +3,18 @@
 The order of roles is: at most one system message, then a user message, then answers and questions in turn.
 An assistant message that calls tools is followed by tool messages with the results. A last question may stand
 unanswered.
+
+A null is an absent value, in tools and messages at any depth. Only an argument of a call may be null, where the tool
+has a parameter of that name, or is not known.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxft.data.sources import parse_json
+from jaxft.data.events import Event, part_key_not_read, role_read_as
+from jaxft.data.nested import listed, parsed, without_nulls
+from jaxft.data.tool_calls import from_function_call, parse_tool_calls
 
 ROLES = {
     "system": "system",
@@ -21,10 +25,17 @@ ROLES = {
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "function": "tool",
+    "ipython": "tool",
+    "tool_response": "tool",
 }
+_CALLS = ("function_call", "tool_call")  # roles whose content is the call, as JSON text
 _MAY_FOLLOW = {
     "start": ("system", "user"),
     "system": ("user",),
@@ -33,14 +44,45 @@ _MAY_FOLLOW = {
     "assistant with tool calls": ("tool",),
     "tool": ("assistant", "tool"),
 }
-_UNSUPPORTED = ("reasoning_content", "thinking", "function_call", "images", "audio", "audios", "videos")
+#: Keys that say whether a turn is learned, and the value that says it is.
+MARKS = {
+    "weight": True,
+    "loss_weight": True,
+    "loss": True,
+    "train": True,
+    "trainable": True,
+    "training": True,
+    "train_on_turn": True,
+    "learn": True,
+    "supervised": True,
+    "loss_mask": True,
+    "mask": False,
+    "masked": False,
+}
+_TRUTH = {"1": True, "true": True, "0": False, "false": False}
+_REASONING = (
+    "reasoning_content",
+    "reasoning",
+    "reasoning_details",
+    "thinking",
+    "thinking_content",
+    "thought",
+    "thoughts",
+    "think",
+    "cot",
+    "rationale",
+)
+_MEDIA = ("images", "image", "audio", "audios", "videos", "video")
+_READ = {"role", "content", "from", "value", "tool_calls", "tool_call_id", "function_call", *MARKS}
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 @dataclass(frozen=True)
 class Message:
     """One turn. `supervised` says that the model learns it; only assistant turns can be.
 
-    `tool_calls` are OpenAI's: `{"id", "type": "function", "function": {"name", "arguments": object}}`.
+    `tool_calls` are OpenAI's: `{"id", "type": "function", "function": {"name", "arguments": object}}`. `extra` holds
+    all other keys, which the chat template sees as it would in transformers.
     """
 
     role: str
@@ -48,6 +90,8 @@ class Message:
     supervised: bool = False
     tool_calls: tuple[dict, ...] = ()
     tool_call_id: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    events: tuple[Event, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -57,6 +101,7 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[dict, ...] = ()
     origin: str = field(default="", compare=False)
+    events: tuple[Event, ...] = field(default=(), compare=False)
 
 
 def parse_text(value: Any, what: str) -> str:
@@ -74,9 +119,14 @@ def parse_text(value: Any, what: str) -> str:
     return value
 
 
-def parse_messages(turns: Any) -> tuple[Message, ...]:
-    """Messages from a list of `{role, content}` or `{from, value}` objects, in checked order."""
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
+def parse_messages(turns: Any, tools: Sequence[dict] = ()) -> tuple[Message, ...]:
+    """Messages from a list of `{role, content}` or `{from, value}` objects, in checked order.
+
+    The list may be JSON text, or an object of lists, as older versions of `datasets` store a list of objects. `tools`
+    tell which null arguments are values.
+    """
+    turns = listed(turns, "the messages")
+    if not isinstance(turns, list):
         raise ValueError(f"the messages must be a list, not {type(turns).__name__}")
     if not turns:
         raise ValueError("the list of messages is empty")
@@ -85,7 +135,7 @@ def parse_messages(turns: Any) -> tuple[Message, ...]:
     calls = 0
     for number, turn in enumerate(turns, 1):
         try:
-            message = _parse_message(turn, calls, waiting)
+            message = _parse_message(turn, calls, waiting, tools)
         except ValueError as error:
             raise ValueError(f"message {number}: {error}") from None
         calls += len(message.tool_calls)
@@ -108,102 +158,102 @@ def check_order(messages: Sequence[Message]) -> None:
         raise ValueError("no assistant message: there is nothing to learn from")
 
 
-def parse_tools(tools: Any) -> tuple[dict, ...]:
-    """Function schemas from a list, or from a list written as JSON text; bare functions are wrapped."""
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = parse_json(tools)
-        except ValueError as error:
-            raise ValueError(f"`tools` is not JSON: {error}") from None
-    tools = tools or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError("`tools` must be a list of function schemas")
-    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-    for tool in tools:
-        if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
-            raise ValueError(f"a tool without a name: {json.dumps(tool)[:200]}")
-    return tuple(tools)
-
-
-def _parse_message(turn: Any, calls: int, waiting: list[str]) -> Message:
+def _parse_message(turn: Any, calls: int, waiting: list[str], tools: Sequence[dict]) -> Message:
+    turn = parsed(turn, "a message")
     if not isinstance(turn, dict):
         raise ValueError(f"must be an object, not {type(turn).__name__}")
-    role_key, content_key = ("role", "content") if turn.get("from") is None else ("from", "value")
+    turn = {key: value for key, value in turn.items() if value is not None}
+    role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
     if turn.get(role_key) is None:
         raise ValueError(f"no `role` (nor `from`); there are: {', '.join(turn) or 'no keys'}")
     given = turn[role_key]
-    if not isinstance(given, str) or given not in ROLES:
+    name = given.strip().lower() if isinstance(given, str) else given
+    if not isinstance(name, str) or name not in ROLES:
         raise ValueError(f"unknown role {given!r}; known roles: {', '.join(ROLES)}")
-    if found := [key for key in _UNSUPPORTED if turn.get(key)]:
-        raise ValueError(f"`{found[0]}` is not supported; only text content and `tool_calls` are")
-    role, content, tool_calls = ROLES[given], turn.get(content_key), turn.get("tool_calls") or []
+    _refuse_what_is_not_text(turn)
+    role, content = ROLES[name], _content(turn, content_key)
+    events: list[Event] = [role_read_as(name, role)] if name == "developer" else []
     if isinstance(content, list):
-        content = _join_parts(content)
-    if given == "function_call":
-        content, tool_calls = None, _from_function_call(content)
-    if tool_calls and role != "assistant":
+        content, unread = _join_parts(content)
+        events += [part_key_not_read(key) for key in unread]
+    called = listed(turn.get("tool_calls"), "`tool_calls`") or []
+    if legacy := turn.get("function_call"):
+        called = [*called, {"function": legacy}]
+    if name in _CALLS and not called:
+        content, called = None, from_function_call(content)
+    if called and role != "assistant":
         raise ValueError(f"tool calls by role {given}; only the assistant calls tools")
-    tool_calls = _parse_tool_calls(tool_calls, calls)
+    tool_calls = parse_tool_calls(called, calls, tools, events)
     if not content and (tool_calls or (role == "tool" and content is not None)):
         content = ""
+    elif content is None:
+        raise ValueError(f"`{content_key}` of the {given} message is missing; there are: {', '.join(turn)}")
     else:
         content = parse_text(content, f"`{content_key}` of the {given} message")
     answers = turn.get("tool_call_id") if role == "tool" else None
     if role == "tool" and waiting:
         answers = answers or waiting[0]
         waiting[:] = [call for call in waiting if call != answers]
-    return Message(role, content, _is_supervised(turn, role), tool_calls, answers)
+    extra = {key: without_nulls(value) for key, value in turn.items() if key not in _READ and value not in ("", [], {})}
+    return Message(role, content, _is_supervised(turn, role), tool_calls, answers, extra, tuple(events))
+
+
+def _content(turn: dict, key: str) -> Any:
+    other = {"content": "value", "value": "content"}[key]
+    if key not in turn:
+        return turn.get(other)
+    if other in turn and turn[other] != turn[key]:
+        raise ValueError("`content` and `value` are both given and differ; keep one")
+    return turn[key]
+
+
+def _refuse_what_is_not_text(turn: dict) -> None:
+    if found := [key for key in _REASONING if turn.get(key)]:
+        raise ValueError(
+            f"reasoning in `{found[0]}` cannot be learned yet; remove the key, or write the reasoning into the content "
+            "where the chat template shows it there (as <think>...</think>)"
+        )
+    if found := [key for key in _MEDIA if turn.get(key)]:
+        raise ValueError(f"`{found[0]}` is not supported; only text content and `tool_calls` are")
 
 
 def _is_supervised(turn: dict, role: str) -> bool:
-    """OpenAI's `weight`, or `loss_weight`: 1 to learn an assistant turn (the default), 0 not to."""
-    given = {key: turn[key] for key in ("weight", "loss_weight") if turn.get(key) is not None}
-    for key, weight in given.items():
-        if weight not in (0, 1):
-            raise ValueError(f"`{key}` is {weight!r}; a turn is learned (1) or not (0)")
-        if weight and role != "assistant":
-            raise ValueError(f"`{key}` is 1 on a {role} message; only assistant messages can be learned")
-    return role == "assistant" and all(given.values())
+    """Whether the turn is learned: every answer is, unless a mark such as `weight: 0` or `train: false` says no."""
+    said: dict[str, bool] = {}
+    for key, positive in MARKS.items():
+        if key not in turn:
+            continue
+        value = _TRUTH.get(str(turn[key]).strip().lower().removesuffix(".0"))
+        if value is None:
+            raise ValueError(
+                f"`{key}` is {turn[key]!r}; a turn is learned ({_yes(positive)}) or not ({_yes(not positive)})"
+            )
+        if value == positive and positive and role != "assistant":
+            raise ValueError(
+                f"`{key}` is {turn[key]!r} on a {role} message; only assistant messages can be learned. "
+                "To learn all of the text, set `assistant_only_loss: false` and remove the marks"
+            )
+        said[key] = value == positive
+    if len(set(said.values())) > 1:
+        raise ValueError(
+            f"{' and '.join(f'`{key}`' for key in said)} contradict each other on whether the turn is learned"
+        )
+    return role == "assistant" and all(said.values())
 
 
-def _join_parts(parts: list) -> str:
-    texts = []
+def _yes(value: bool) -> str:
+    return "1 or true" if value else "0 or false"
+
+
+def _join_parts(parts: list) -> tuple[str, list[str]]:
+    """The text of all parts, and keys of theirs that are not read."""
+    texts, unread = [], []
     for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind != "text":
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind in ("thinking", "reasoning", "redacted_thinking"):
+            raise ValueError(f"content of type {kind!r} cannot be learned yet; remove such parts, or the example")
+        if kind not in _TEXT_PARTS:
             raise ValueError(f"content of type {kind!r} is not supported; only parts of type 'text' are")
         texts.append(parse_text(part.get("text", part.get("value")), "the text of a content part"))
-    return "".join(texts)
-
-
-def _from_function_call(content: Any) -> list[dict]:
-    """ShareGPT's function_call: one `{name, arguments}` or a list of them, as JSON text."""
-    try:
-        called = parse_json(parse_text(content, "the function call"))
-    except ValueError as error:
-        raise ValueError(f"the function call is not JSON: {error}") from None
-    return [{"function": call} for call in (called if isinstance(called, list) else [called])]
-
-
-def _parse_tool_calls(tool_calls: Any, before: int) -> tuple[dict, ...]:
-    """OpenAI's form with the arguments as an object, which templates expect. Calls without an id get one of
-    nine letters and digits, the only form that some templates accept."""
-    if not isinstance(tool_calls, list):
-        raise ValueError(f"`tool_calls` must be a list, not {type(tool_calls).__name__}")
-    parsed = []
-    for call in tool_calls:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError("a tool call without a function name")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
-                arguments = parse_json(arguments)
-            except ValueError as error:
-                raise ValueError(f"the arguments of {function['name']} are not JSON: {error}") from None
-        if not isinstance(arguments, dict):
-            raise ValueError(f"the arguments of {function['name']} must be an object")
-        identity = call.get("id") or f"call{before + len(parsed):05d}"
-        function = {"name": function["name"], "arguments": arguments}
-        parsed.append({"id": identity, "type": "function", "function": function})
-    return tuple(parsed)
+        unread += [key for key, value in part.items() if key not in ("type", "text", "value") and value]
+    return "".join(texts), unread

@@ -2,16 +2,18 @@
 
 read -> convert -> render and tokenize -> drop or cut what is too long, drop what teaches nothing -> hold
 out. Everything happens before the first step, so that every fault in the data is found before time is spent
-on a model.
+on a model. All bad records are named at once, or dropped and counted; what of an example is not trained on is
+counted by name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
-from jaxft.data.chat import Renderer
+from jaxft.data.chat import Renderer, TooLong
+from jaxft.data.events import Event, EventCount
 from jaxft.data.formats import Example, convert
-from jaxft.data.sources import read
+from jaxft.data.sources import BadRecord, read
 from jaxft.data.splits import hold_out, identity, refuse_overlap
 from jaxft.data.tokenized import Tokenized, TokenizedSet
 
@@ -28,6 +30,10 @@ class DatasetSpec(Protocol):
     max_examples: int | None
 
 
+_SHOWN = 10  # bad records in one message
+_MANY_TOO_LONG = 0.1  # of a source's examples: worth a warning
+
+
 @dataclass(frozen=True)
 class SourceReport:
     """What became of one source: counts of examples, and of the tokens of those that were kept."""
@@ -42,15 +48,32 @@ class SourceReport:
     tokens: int
     supervised: int
     longest: int  # tokens of the longest example before any was dropped or cut
+    bad: int = 0  # dropped: records that cannot be trained on
+    bad_records: tuple[BadRecord, ...] = ()  # the first of them
+    events: tuple[EventCount, ...] = ()  # of the examples kept
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the owner of the data should not overlook."""
+        lines = [str(event) for event in self.events if event.lost]
+        if self.too_long > _MANY_TOO_LONG * self.read:
+            lines.append(f"{self.too_long} of {self.read} examples are longer than `max_length` and were dropped")
+        if self.bad:
+            lines.append(f"{self.bad} of {self.read} records are bad and were dropped:")
+            lines += [f"  {bad.origin}: {bad.reason}" for bad in self.bad_records]
+        return lines
 
     def __str__(self) -> str:
         dropped = f"{self.too_long} too long, {self.nothing_to_learn} with nothing to learn"
-        learned = f"{self.supervised} of them learned"
-        return (
-            f"{self.path}: {self.format}\n"
-            f"  {self.read} examples read, {self.kept} kept; dropped: {dropped}; cut: {self.truncated}\n"
-            f"  {self.tokens} tokens, {learned}; longest example {self.longest} tokens"
-        )
+        dropped += f", {self.bad} bad" if self.bad else ""
+        lines = [
+            f"{self.path}: {self.format}",
+            f"  {self.read} examples read, {self.kept} kept; dropped: {dropped}; cut: {self.truncated}",
+            f"  {self.tokens} tokens, {self.supervised} of them learned; longest example {self.longest} tokens",
+            *(f"  note: {event}" for event in self.events if not event.lost),
+            *(f"  WARNING: {line}" for line in self.warnings),
+        ]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -94,6 +117,8 @@ def prepare(
     val_set_size: int | float = 0,
     excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop",
     assistant_only_loss: bool = True,
+    on_bad_record: Literal["error", "drop"] = "error",
+    strict_data: bool = False,
     seed: int = 0,
 ) -> Prepared:
     """Read, tokenize and split.
@@ -106,6 +131,8 @@ def prepare(
         val_set_size: examples to hold out of `datasets` instead: a number, or a fraction below 1.
         excess_length_strategy: what happens to longer examples.
         assistant_only_loss: learn assistant turns and completions; False = every token.
+        on_bad_record: what happens to records that cannot be trained on.
+        strict_data: what an example says and is not trained on is an error.
         seed: decides which examples `val_set_size` holds out.
 
     Raises:
@@ -115,8 +142,18 @@ def prepare(
     if eval_datasets and val_set_size:
         raise ValueError("`eval_datasets` and `val_set_size` are both given; keep one")
     settings = (renderer, max_length, excess_length_strategy, assistant_only_loss)
-    train = [_load(dataset, *settings) for dataset in datasets]
-    held_out = [_load(dataset, *settings) for dataset in eval_datasets]
+    loaded = [_load(dataset, *settings) for dataset in (*datasets, *eval_datasets)]
+    bad = [record for source in loaded for record in source.bad]
+    if bad and on_bad_record == "error":
+        raise ValueError(_name_bad(bad, sum(source.report.read for source in loaded)))
+    for source in loaded:
+        _refuse_empty(source, max_length)
+    lost = [f"{source.report.path}: {event}" for source in loaded for event in source.report.events if event.lost]
+    if lost and strict_data:
+        raise ValueError(
+            "`strict_data` is true, and this of the data is not in what would be trained on:\n" + "\n".join(lost)
+        )
+    train, held_out = loaded[: len(datasets)], loaded[len(datasets) :]
     sets = [source.tokens for source in train]
     eval_tokens = [example for source in held_out for example in source.tokens]
     eval_examples = [example for source in held_out for example in source.examples]
@@ -146,10 +183,11 @@ def prepare(
 
 
 class _Loaded(NamedTuple):
-    """One source: an example and its tokens at each index."""
+    """One source: an example and its tokens at each index, and the records that cannot be one."""
 
     examples: list[Example]
     tokens: TokenizedSet
+    bad: list[BadRecord]
     report: SourceReport
 
 
@@ -161,39 +199,69 @@ def _load(
     assistant_only_loss: bool,
 ) -> _Loaded:
     records = read(dataset.path, split=dataset.split, name=dataset.name, max_examples=dataset.max_examples)
-    chat = renderer.template is not None
-    format, examples = convert(records, chat=chat, type=dataset.type, columns=dataset.columns)
-    encoded = renderer.encode(examples, assistant_only_loss=assistant_only_loss)
+    format, examples, bad = convert(
+        records,
+        chat=renderer.template is not None,
+        type=dataset.type,
+        columns=dataset.columns,
+        is_rendered=renderer.is_rendered,
+    )
     kept: list[Example] = []
     tokens: list[Tokenized] = []
-    too_long = truncated = nothing = 0
-    for example, one in zip(examples, encoded, strict=True):
-        excess = len(one.tokens) > max_length
+    happened: list[tuple[str, Iterable[Event]]] = []
+    too_long = truncated = nothing = longest = 0
+    for example, one in zip(examples, renderer.encode(examples, assistant_only_loss=assistant_only_loss), strict=True):
+        if isinstance(one, BadRecord):
+            bad.append(one)
+            continue
+        length = None if isinstance(one, TooLong) else len(one.tokenized.tokens)
+        longest = max(longest, length or 0)
+        excess = length is None or length > max_length
         if excess and excess_length_strategy == "raise":
+            size = f"more than {one.characters} characters" if length is None else f"{length} tokens"
             raise ValueError(
-                f"{example.origin}: {len(one.tokens)} tokens, but `max_length` is {max_length}; raise it, or "
+                f"{example.origin}: {size}, but `max_length` is {max_length}; raise it, or "
                 "set `excess_length_strategy` to drop or truncate"
             )
-        if excess and excess_length_strategy == "drop":
+        if length is None or (excess and excess_length_strategy == "drop"):
             too_long += 1
             continue
-        one = Tokenized(one.tokens[:max_length], one.loss_mask[:max_length])
-        if not one.loss_mask.any():
+        cut = Tokenized(one.tokenized.tokens[:max_length], one.tokenized.loss_mask[:max_length])
+        if not cut.loss_mask.any():
             nothing += 1
             continue
         truncated += excess
+        happened.append((example.origin, one.events))
         kept.append(example)
-        tokens.append(one)
-    longest = max(len(one.tokens) for one in encoded)
-    if not kept:
-        raise ValueError(
-            f"{dataset.path}: none of {len(examples)} examples is left: {too_long} are longer than "
-            f"`max_length` {max_length} (the longest has {longest} tokens), {nothing} have no token to learn"
-        )
+        tokens.append(cut)
     flat = TokenizedSet.of(tokens)
     counts = (len(records), too_long, truncated, nothing, len(kept))
     sums = (len(flat.tokens), int(flat.loss_mask.sum()), longest)
-    return _Loaded(kept, flat, SourceReport(dataset.path, format, *counts, *sums))
+    report = SourceReport(dataset.path, format, *counts, *sums, len(bad), tuple(bad[:_SHOWN]), EventCount.of(happened))
+    return _Loaded(kept, flat, bad, report)
+
+
+def _name_bad(bad: Sequence[BadRecord], total: int) -> str:
+    """All bad records in one message: the first with their reasons, and how many there are."""
+    alike = len(bad) == total and len({record.reason for record in bad}) == 1
+    shown = bad[: 1 if alike else _SHOWN]
+    lines = [f"{record.origin}: {record.reason}" for record in shown]
+    if len(bad) > len(shown):
+        lines.append("... the others alike" if alike else f"... and {len(bad) - len(shown)} more")
+    if total > 1:
+        lines.append(f"{len(bad)} of {total} records are bad; mend them, or set `on_bad_record: drop`")
+    return "\n".join(lines)
+
+
+def _refuse_empty(source: _Loaded, max_length: int) -> None:
+    report = source.report
+    if not report.kept:
+        raise ValueError(
+            f"{report.path}: none of {report.read} examples is left: {report.too_long} are longer than "
+            f"`max_length` {max_length} (the longest has {report.longest} tokens), {report.nothing_to_learn} have no "
+            f"token to learn, {report.bad} are bad"
+            + "".join(f"\n  {b.origin}: {b.reason}" for b in source.bad[:_SHOWN])
+        )
 
 
 def _weights(datasets: Sequence[DatasetSpec]) -> tuple[float, ...] | None:

@@ -26,6 +26,14 @@ class Record(NamedTuple):
 
     values: dict[str, Any]
     origin: str
+    filled: int = 0
+
+
+class BadRecord(NamedTuple):
+    """A record that cannot be used, and why."""
+
+    origin: str
+    reason: str
 
 
 def read(

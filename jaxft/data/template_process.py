@@ -32,6 +32,14 @@ class TemplateError(ValueError):
     """The template does not compile, refuses a conversation, or ran over a limit."""
 
 
+class OutputLimitError(TemplateError):
+    """The rendered conversation is longer than anything that could be trained on."""
+
+
+class StoppedError(TemplateError):
+    """It ran for too long, or its process died. No fault of one conversation: the next would fare alike."""
+
+
 class TemplateProcess:
     """Renders one chat template.
 
@@ -53,7 +61,7 @@ class TemplateProcess:
         with self._lock:
             reply = self._ask(json.dumps({**self._template, "jobs": jobs}))
         if "error" in reply:
-            raise TemplateError(reply["error"])
+            raise (OutputLimitError if reply.get("long") else TemplateError)(reply["error"])
         return reply["texts"]
 
     def _ask(self, request: str) -> dict:
@@ -72,8 +80,8 @@ class TemplateProcess:
         _stop(child)
         self._child = None
         if overdue:
-            return {"error": f"the chat template ran for more than {self._time_limit:g} s and was stopped"}
-        return {"error": f"the chat template's process ended with code {child.returncode}"}
+            raise StoppedError(f"the chat template ran for more than {self._time_limit:g} s and was stopped")
+        raise StoppedError(f"the chat template's process ended with code {child.returncode}")
 
 
 def _start() -> subprocess.Popen:
@@ -140,6 +148,8 @@ def _serve() -> None:
             template = compile_template(request["source"], date.fromisoformat(request["today"]))
             texts = [_render(template, {**request["variables"], **job}) for job in request["jobs"]]
             reply = {"texts": texts}
+        except OutputLimitError as error:
+            reply = {"error": str(error), "long": True}
         except MemoryError:
             reply = {"error": f"the chat template needs more than {MEMORY_LIMIT >> 20} MiB of memory"}
         except Exception as error:  # whatever a foreign program raises is its message to the user
@@ -153,7 +163,7 @@ def _render(template: jinja2.Template, variables: dict) -> str:
     for piece in template.generate(**variables):
         length += len(piece)
         if length > OUTPUT_LIMIT:
-            raise ValueError(f"the chat template writes more than {OUTPUT_LIMIT} characters")
+            raise OutputLimitError(f"more than {OUTPUT_LIMIT} characters")
         pieces.append(piece)
     return "".join(pieces)
 

@@ -1,9 +1,7 @@
 """A conversation rendered by its chat template, and where in the text each turn stands.
 
-Nothing is found by looking at token values or by searching for the contents. The conversation is rendered a
-second time with private-use characters around every content; where they come out is where the content came
-out. The two renders must agree once the marks are taken away, so that a template which looks at its contents
-cannot mislead.
+Nothing is found by looking at token values or by searching for the contents, but by marks around them
+(`jaxft.data.marks`).
 
 What the model learns of an assistant turn
 
@@ -13,7 +11,8 @@ What the model learns of an assistant turn
   where the template puts a short answer in place of this one.
 - ends with the end-of-turn token that the template writes after it: the first special token, such as
   `<|im_end|>`. What comes after (a newline, the header of the next turn) is not learned. If no special token
-  ends a turn, all text that follows the last answer does, and EOS ends the conversation.
+  ends a turn, all text that follows the last answer does, and EOS ends the conversation; earlier answers then
+  end in nothing that stops generation, and may not be learned.
 
 `{% generation %}` blocks in the template take precedence over all this, but the end of turn is learned in
 any case.
@@ -22,16 +21,20 @@ any case.
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
-from itertools import product
-from typing import NamedTuple
+from functools import cached_property
 
+from jaxft.data import shown
 from jaxft.data.conversations import Conversation, Message
-from jaxft.data.template_process import TemplateError, TemplateProcess
+from jaxft.data.events import CALL_IDS, Event, key_not_shown
+from jaxft.data.marks import Marked, free_characters, render_with_marks, take_out
+from jaxft.data.template_input import CallForm, find_call_form, job, rewrites_ids
+from jaxft.data.template_process import OUTPUT_LIMIT, OutputLimitError, TemplateError, TemplateProcess
 
 Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+_PROBE = (Message("user", "question"), Message("assistant", "answer"))
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,16 @@ class Rendered:
     content: tuple[Span, ...]
     add_bos: bool = False
     add_eos: bool = False
+    events: tuple[Event, ...] = ()
 
 
-class _Marked(NamedTuple):
-    """A render with marks, taken apart: where in `text` each message's content begins and ends."""
-
-    text: str
-    opens: list[list[int]]
-    closes: list[list[int]]
-    generation: list[Span]
-    tails: dict[str, str]  # role before an assistant turn -> what the prompt has after that message's content
-    marked: list[Message]  # what was rendered
+def any_of(tokens: Iterable[str]) -> re.Pattern:
+    """Matches each of the tokens, the longest first; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 class ChatTemplate:
-    """A chat template and the special tokens of the tokenizer that reads its output.
+    """A chat template and the tokens of the tokenizer that reads its output.
 
     Args:
         source: the Jinja template.
@@ -65,6 +63,12 @@ class ChatTemplate:
         special_tokens: texts that become a single token with a meaning of its own.
         today: the date for templates that write one; fixed, so that a resumed run reads the same data.
         time_limit: seconds for one conversation.
+        added_tokens: other texts that become a single token, and may end a turn.
+        bos: what the tokenizer puts before every text.
+
+    Attributes:
+        end_of_turn: what the template writes after an answer, up to the token that stops generation.
+        stop: that token; None where there is none, and EOS ends the conversation.
     """
 
     def __init__(
@@ -74,91 +78,157 @@ class ChatTemplate:
         special_tokens: Iterable[str],
         today: date,
         time_limit: float,
+        added_tokens: Iterable[str] = (),
+        bos: str = "",
     ):
-        self.special = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))) or "(?!)")
+        special_tokens = list(special_tokens)
+        self.special = any_of(special_tokens)
         self.source = source
         self._process = TemplateProcess(source, variables, today, time_limit)
-        probe = (Message("user", "question"), Message("assistant", "answer"))
-        found = self._render(probe, (), [])
+        self._markup = f"{source} {' '.join(special_tokens)} {' '.join(added_tokens)}"
+        found = self._render(_PROBE, (), [1])
         if len(found.closes[1]) != 1:
             raise TemplateError("the chat template does not show the assistant's answer")
         after = found.text[found.closes[1][0] :]
-        token = self.special.search(after)
+        token = self.special.search(after) or any_of(added_tokens).search(after)
         self.end_of_turn = after[: token.end()] if token else after
-        self._add_eos = not token
+        self.stop = token and token[0]
+        self._bos = bos
+        self._header = ""
+        if all(len(places) == 1 for places in (*found.opens, *found.closes)):
+            between = found.text[found.closes[0][0] : found.opens[1][0]]
+            self._header = shared_beginning(between, found.tails.get("user") or between).strip()
 
     def render(self, conversation: Conversation) -> Rendered:
         """The whole conversation. TemplateError (a ValueError) if a turn cannot be located beyond doubt."""
         messages, tools = conversation.messages, conversation.tools
+        if sum(len(message.content) for message in messages) > OUTPUT_LIMIT:
+            raise OutputLimitError(f"more than {OUTPUT_LIMIT} characters")
         self._refuse_special(messages, tools)
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
         found = self._render(messages, tools, answers)
-        _check_tools(found.text, tools)
+        turns: dict[int, Span] = {}
         if _GENERATION.search(self.source):
-            starts, supervised = {}, self._generation_spans(messages, found)
-            learned = "".join(found.text[start:end] for start, end in supervised)
-            for message in messages:
-                _check_calls(learned if message.supervised else found.text, message)
+            supervised = self._generation_spans(messages, found)
         else:
             starts = self._starts(messages, tools, answers, found)
             turns = {i: (starts[i], self._end(messages, found, i, starts[i])) for i in answers}
-            for i, (start, end) in turns.items():
-                _check_calls(found.text[start:end], messages[i])
             supervised = [turns[i] for i in answers if messages[i].supervised]
-        return Rendered(
-            found.text,
-            tuple(supervised),
-            tuple(self._content_spans(messages, found, starts)),
-            add_eos=self._add_eos and messages[-1].supervised,
-        )
+        add_eos = self.stop is None and messages[-1].supervised
+        self._check_stops(found.text, supervised, add_eos)
+        content = tuple(self._content_spans(messages, found, {i: start for i, (start, _) in turns.items()}))
+        events = (*conversation.events, *self._events(messages, tools, found, turns, supervised))
+        return Rendered(found.text, tuple(supervised), content, add_eos=add_eos, events=events)
+
+    def is_rendered(self, text: str) -> bool:
+        """Whether a text went through this template already: it begins as a conversation does, and has an answer."""
+        body = text.strip().removeprefix(self._bos).lstrip()
+        marked = all(self._beginnings) or self.special.search(self._header)
+        return bool(marked and len(self._header) > 2 and body.startswith(self._beginnings) and self._header in body)
+
+    def closing(self, text: str) -> str:
+        """What a text that was rendered already lacks of an end of turn; empty where it has one."""
+        if self.stop is None or text.rstrip().endswith(self.end_of_turn.strip()):
+            return ""
+        return self.end_of_turn
+
+    @cached_property
+    def _beginnings(self) -> tuple[str, ...]:
+        """The first token or word of every conversation, with and without a system message; BOS apart."""
+        words = []
+        for messages in (_PROBE, (Message("system", "instruction"), *_PROBE)):
+            try:
+                text = self._render(messages, ()).text
+            except TemplateError:  # it takes no system message
+                continue
+            opening = text.partition(messages[0].content)[0].removeprefix(self._bos).strip()
+            token = self.special.match(opening)
+            words.append(token[0] if token else "".join(opening.split()[:1]))
+        return tuple(words)
+
+    @cached_property
+    def _call_form(self) -> CallForm:
+        return find_call_form(lambda one: self._process.render([one])[0])
+
+    def _job(self, messages: Sequence[Message], tools: Sequence[dict], add_generation_prompt: bool) -> dict:
+        form = self._call_form if any(message.tool_calls for message in messages) else CallForm()
+        return job(messages, tools, add_generation_prompt, form)
+
+    def _check_stops(self, text: str, supervised: Sequence[Span], add_eos: bool) -> None:
+        """Refuse a learned answer after which generation would not stop."""
+        for k, (start, end) in enumerate(supervised, 1):
+            ends = self.stop is not None and text[start:end].rstrip().endswith(self.stop)
+            if not ends and not (add_eos and k == len(supervised)):
+                raise TemplateError(
+                    "an answer that is learned ends in no token that stops generation, as the chat template writes "
+                    f"{text[end : end + 20]!r} after it; use a template that ends every answer with such a token "
+                    "(chat_template: chatml), or mark all answers but the last with `weight: 0`"
+                )
+
+    def _events(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict],
+        found: Marked,
+        turns: dict[int, Span],
+        supervised: Sequence[Span],
+    ) -> Iterable[Event]:
+        """What the conversation says and the text does not show. TemplateError where a tool or a call is not shown."""
+        learned = "".join(found.text[start:end] for start, end in supervised)
+        yield from shown.tool_events(tools, found.text)
+        for i, message in enumerate(messages):
+            turn = found.text[slice(*turns[i])] if i in turns else found.text
+            yield from shown.content_events(message, turn, bool(found.opens[i] or found.closes[i]))
+            yield from shown.call_events(message, learned if message.supervised and not turns else turn)
+            yield from shown.markup_events(message.content, self.special, self._markup)
+            if i in turns:
+                yield from shown.thought_events(message, turn.partition(message.content.strip() or "\0")[0])
+        if any(message.tool_calls for message in messages) and rewrites_ids(messages, self._call_form):
+            yield CALL_IDS
+        yield from self._key_events(messages, tools, found.text)
+
+    def _key_events(self, messages: Sequence[Message], tools: Sequence[dict], text: str) -> Iterable[Event]:
+        """Keys of messages that change nothing in the text. ValueError if one that does holds a special token."""
+        for key in sorted({key for message in messages for key in message.extra}):
+            without = [
+                replace(message, extra={name: value for name, value in message.extra.items() if name != key})
+                for message in messages
+            ]
+            try:
+                is_shown = self._process.render([self._job(without, tools, False)])[0] != text
+            except TemplateError:
+                is_shown = True
+            if not is_shown:
+                yield key_not_shown(key)
+                continue
+            values = [message.extra.get(key) for message in messages]
+            if token := self.special.search(json.dumps(values, ensure_ascii=False)):
+                raise ValueError(f"the special token {token[0]!r} stands in `{key}` of a message; take it out")
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict] = ()) -> Rendered:
         """What the model is given so that it writes the next assistant turn."""
         self._refuse_special(messages, tools)
-        found = self._render(messages, tools, [], add_generation_prompt=True)
+        found = self._render(messages, tools, add_generation_prompt=True)
         return Rendered(found.text, (), tuple(self._content_spans(messages, found, {})))
 
     def _render(
         self,
         messages: Sequence[Message],
         tools: Sequence[dict],
-        answers: list[int],
+        answers: Sequence[int] = (),
         add_generation_prompt: bool = False,
-    ) -> _Marked:
-        """Render plainly and with marks: around the whole contents, or inside their outer blanks, which
-        templates may strip; and, where a template acts on what a system message says, not in that. For one
-        assistant turn after each kind of role, render the prompt of that turn too."""
-        marks = self._free_characters(messages, 2 * len(messages) + 2)
-        last_after = {messages[i - 1].role: i for i in answers}
-        for unmarked, mark in product(("", "system"), (_around, _inside)):
-            marked = [
-                message if message.role == unmarked else mark(message, *marks[2 * i : 2 * i + 2])
-                for i, message in enumerate(messages)
-            ]
-            blocks = {"generation_start": marks[-2], "generation_end": marks[-1]}
-            text, full, *prompts = self._process.render(
-                [
-                    _job(messages, tools, add_generation_prompt),
-                    _job(marked, tools, add_generation_prompt) | blocks,
-                    *(_job(marked[:i], tools, True) for i in last_after.values()),
-                ]
-            )
-            stripped, where = _take_out(full, marks)
-            if stripped == text:
-                break
-        else:
-            raise TemplateError("the chat template changes the contents in a way that hides where the turns are")
-        opens, closes = ([where[mark] for mark in marks[k:-2:2]] for k in (0, 1))
-        tails = {}
-        for (role, i), prompt in zip(last_after.items(), prompts, strict=True):
-            _, shown, tail = prompt.rpartition(marks[2 * i - 1])
-            if shown:
-                tails[role] = _take_out(tail, marks)[0]
-        generation = list(zip(where[marks[-2]], where[marks[-1]], strict=True))
-        return _Marked(text, opens, closes, generation, tails, marked)
+    ) -> Marked:
+        return render_with_marks(
+            self._process.render,
+            lambda turns, prompt: self._job(turns, tools, prompt),
+            messages,
+            answers,
+            add_generation_prompt,
+            self.source,
+        )
 
     def _starts(
-        self, messages: Sequence[Message], tools: Sequence[dict], answers: list[int], found: _Marked
+        self, messages: Sequence[Message], tools: Sequence[dict], answers: list[int], found: Marked
     ) -> dict[int, int]:
         """Where each assistant turn begins."""
         starts, headers = {}, None
@@ -183,16 +253,15 @@ class ChatTemplate:
         marked: list[Message],
     ) -> dict[int, str]:
         """Assistant turn -> what stands between the content before it and an answer of one character."""
-        marks = self._free_characters(messages, 2 * len(messages) + 2)
+        marks = free_characters(self.source, messages)
         short = [
-            Message("assistant", marks[2 * i], tool_calls=message.tool_calls) if i in answers else message
-            for i, message in enumerate(marked)
+            replace(message, content=marks[2 * i]) if i in answers else message for i, message in enumerate(marked)
         ]
-        text, where = _take_out(self._process.render([_job(short, tools, False)])[0], marks)
+        text, where = take_out(self._process.render([self._job(short, tools, False)])[0], marks)
         places = {i: (where[marks[2 * i - 1]], where[marks[2 * i]]) for i in answers}
         return {i: text[a[0] : b[0]] for i, (a, b) in places.items() if len(a) == len(b) == 1 and a <= b}
 
-    def _end(self, messages: Sequence[Message], found: _Marked, i: int, start: int) -> int:
+    def _end(self, messages: Sequence[Message], found: Marked, i: int, start: int) -> int:
         """Where the assistant turn of message i ends, its end-of-turn token included."""
         content_end = _only(found.closes[i], messages, i) if messages[i].content else start
         following = [place for places in found.opens[i + 1 :] for place in places if place >= content_end]
@@ -204,7 +273,7 @@ class ChatTemplate:
             raise TemplateError(f"cannot tell where the turn of message {i + 1} ends in the rendered conversation")
         return content_end
 
-    def _generation_spans(self, messages: Sequence[Message], found: _Marked) -> list[Span]:
+    def _generation_spans(self, messages: Sequence[Message], found: Marked) -> list[Span]:
         """The template's own `{% generation %}` blocks, each with the end of turn that follows it."""
         unlearned = [
             place
@@ -221,7 +290,7 @@ class ChatTemplate:
                 spans.append((start, end))
         return spans
 
-    def _content_spans(self, messages: Sequence[Message], found: _Marked, starts: dict[int, int]) -> Iterable[Span]:
+    def _content_spans(self, messages: Sequence[Message], found: Marked, starts: dict[int, int]) -> Iterable[Span]:
         """What came from the data; an answer whose beginning was cut off, from the start of its turn."""
         for i, (message, opens, closes) in enumerate(zip(messages, found.opens, found.closes, strict=True)):
             if not opens and len(closes) == 1 and i in starts:
@@ -244,31 +313,6 @@ class ChatTemplate:
         if token := self.special.search(json.dumps([*tools, *calls, *ids], ensure_ascii=False)):
             raise ValueError(f"the special token {token[0]!r} stands in `tools` or in a tool call; take it out")
 
-    def _free_characters(self, messages: Sequence[Message], count: int) -> list[str]:
-        """Private-use characters that occur nowhere in the template or the contents."""
-        taken = set(self.source).union(*(message.content for message in messages))
-        return [char for code in range(0x100000, 0x100000 + count + len(taken)) if (char := chr(code)) not in taken][
-            :count
-        ]
-
-
-def _check_tools(text: str, tools: Sequence[dict]) -> None:
-    for tool in tools:
-        if tool["function"]["name"] not in text:
-            raise TemplateError(
-                f"the chat template does not show the tool {tool['function']['name']!r}; use a template "
-                "that knows `tools`, or take them out of the data"
-            )
-
-
-def _check_calls(turn: str, message: Message) -> None:
-    for call in message.tool_calls:
-        if call["function"]["name"] not in turn:
-            raise TemplateError(
-                f"the chat template does not show the call of {call['function']['name']!r}; use a template "
-                "that knows `tool_calls`, or take such conversations out of the data"
-            )
-
 
 def _only(places: list[int], messages: Sequence[Message], i: int) -> int:
     if len(places) != 1:
@@ -279,47 +323,7 @@ def _only(places: list[int], messages: Sequence[Message], i: int) -> int:
     return places[0]
 
 
-def _around(message: Message, opening: str, closing: str) -> Message:
-    return _with_content(message, f"{opening}{message.content}{closing}")
-
-
-def _inside(message: Message, opening: str, closing: str) -> Message:
-    body = message.content.strip()
-    before, _, after = message.content.partition(body) if body else ("", "", message.content)
-    return _with_content(message, f"{before}{opening}{body}{closing}{after}")
-
-
-def _with_content(message: Message, content: str) -> Message:
-    if message.role == "assistant" and not message.content:
-        return message  # calls tools and says nothing, which templates test for
-    return Message(message.role, content, message.supervised, message.tool_calls, message.tool_call_id)
-
-
-def _job(messages: Sequence[Message], tools: Sequence[dict], add_generation_prompt: bool) -> dict:
-    turns = []
-    for message in messages:
-        turn: dict = {"role": message.role, "content": message.content}
-        if message.tool_calls:
-            turn["tool_calls"] = message.tool_calls
-        if message.tool_call_id:
-            turn["tool_call_id"] = message.tool_call_id
-        turns.append(turn)
-    return {
-        "messages": turns,
-        "tools": tools or None,
-        "documents": None,
-        "add_generation_prompt": add_generation_prompt,
-    }
-
-
-def _take_out(text: str, marks: Sequence[str]) -> tuple[str, dict[str, list[int]]]:
-    """The text without the marks, and where in it each stood."""
-    where: dict[str, list[int]] = {mark: [] for mark in marks}
-    pieces, length = [], 0
-    for piece in re.split(f"([{''.join(marks)}])", text):
-        if piece in where:
-            where[piece].append(length)
-        else:
-            pieces.append(piece)
-            length += len(piece)
-    return "".join(pieces), where
+def shared_beginning(one: str, other: str) -> str:
+    """What two texts have in common before they differ."""
+    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:length]

@@ -125,6 +125,8 @@ def gather(config: Config) -> Inputs:
         val_set_size=config.val_set_size,
         excess_length_strategy=config.excess_length_strategy,
         assistant_only_loss=config.assistant_only_loss,
+        on_bad_record=config.on_bad_record,
+        strict_data=config.strict_data,
         seed=config.seed,
     )
     check_vocabulary([*data.train, data.eval], decoder.vocab_size)

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from jaxft.data.chat import CHATML, Renderer, load_tokenizer
+from jaxft.data.chat import Encoded, Renderer, load_tokenizer
 from jaxft.data.conversations import Conversation, parse_messages
 from jaxft.data.formats import Completion, Text, convert
-from jaxft.data.sources import read
+from jaxft.data.sources import BadRecord, read
+from jaxft.data.templates import CHATML
+from jaxft.data.tokenized import Tokenized
 
 START, END, EOS = 256, 257, 258  # of byte_tokenizer
 
@@ -20,13 +22,20 @@ def conversation(*turns: tuple[str, str]) -> Conversation:
     return Conversation(parse_messages([{"role": role, "content": text} for role, text in turns]), origin="f:1")
 
 
+def encode(renderer: Renderer, *examples, **options) -> list[Tokenized]:
+    """What all of the examples become; none may be refused."""
+    found = renderer.encode(examples, **options)
+    assert all(isinstance(one, Encoded) for one in found), found
+    return [one.tokenized for one in found]
+
+
 def as_dicts(example: Conversation) -> list[dict]:
     return [{"role": message.role, "content": message.content} for message in example.messages]
 
 
 def runs(renderer: Renderer, example: Conversation) -> list[str]:
     """The supervised runs of tokens as text, without the blanks around them."""
-    tokens, mask = renderer.encode([example])[0]
+    tokens, mask = encode(renderer, example)[0]
     borders = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
     pairs = borders.reshape(-1, 2)
     return [renderer.tokenizer.decode(tokens[start:end]).strip() for start, end in pairs]
@@ -80,7 +89,7 @@ def test_tokens_are_those_of_transformers_and_answers_are_learned_with_their_end
     _, _, end, before, strips = TEMPLATES[name]
     renderer = real_renderer(name)
     example = conversation(*(TALK[1:] if "gemma" in name else TALK), ("assistant", LAST))
-    tokens = renderer.encode([example])[0].tokens.tolist()
+    tokens = encode(renderer, example)[0].tokens.tolist()
     source = renderer.template.source
     rendered = renderer.tokenizer.apply_chat_template(as_dicts(example), chat_template=source, return_dict=False)
     assert tokens == list(rendered)
@@ -111,10 +120,10 @@ def test_masks_begin_where_the_prompts_of_transformers_end(material, real_render
     renderer = real_renderer(name)
     tokenizer, source = renderer.tokenizer, renderer.template.source
     end = tokenizer.convert_tokens_to_ids(TEMPLATES[name][2])
-    _, examples = convert(read(str(material / "data/llamafactory-demo/glaive_toolcall_en_demo.json")), chat=True)
+    examples = convert(read(str(material / "data/llamafactory-demo/glaive_toolcall_en_demo.json")), chat=True).examples
     plain = [example for example in examples if not example.tools][:25]
     assert max(len(example.messages) for example in plain) >= 8
-    for example, (tokens, mask) in zip(plain, renderer.encode(plain), strict=True):
+    for example, (tokens, mask) in zip(plain, encode(renderer, *plain), strict=True):
         expected = np.zeros(len(tokens), bool)
         for turn, message in enumerate(example.messages):
             if message.role == "assistant":
@@ -154,10 +163,10 @@ def test_thinking_switched_off_by_the_system_message_is_part_of_the_prompt(real_
 )
 def test_tool_calls_of_real_conversations(material, real_renderer, name):
     renderer = real_renderer(name)
-    _, examples = convert(
+    examples = convert(
         read(str(material / "data/llamafactory-demo/glaive_toolcall_en_demo.json"), max_examples=40),
         chat=True,
-    )
+    ).examples
     with_calls = [example for example in examples if any(message.tool_calls for message in example.messages)]
     assert len(with_calls) > 10
     for example in with_calls:
@@ -181,7 +190,7 @@ def test_contents_cannot_write_special_tokens(real_renderer, name):
     """Attacked and harmless conversations hold the same special tokens, and the attack is there as text."""
     renderer = real_renderer(name)
     harmless, attacked = (
-        renderer.encode([conversation(("user", text), ("assistant", f"a {text}"))])[0] for text in ("harmless", ATTACK)
+        encode(renderer, conversation(("user", text), ("assistant", f"a {text}")))[0] for text in ("harmless", ATTACK)
     )
     special = [index for index, token in renderer.tokenizer.added_tokens_decoder.items() if token.special]
     seen = [[token for token in one.tokens.tolist() if token in special] for one in (harmless, attacked)]
@@ -216,7 +225,7 @@ def test_any_content_becomes_its_bytes(chatml, pairs):
             tokens += [START, *f"{role}\n".encode(), *text.encode(), END, *b"\n"]
             mask += [False] * (len(role) + 2) + [learned] * (len(text.encode()) + 1) + [False]
     turns = [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
-    found = chatml.encode([conversation(*turns)])[0]
+    found = encode(chatml, conversation(*turns))[0]
     assert found.tokens.tolist() == tokens
     assert found.loss_mask.tolist() == mask
 
@@ -227,7 +236,7 @@ def test_a_token_that_takes_in_blanks_is_still_the_templates_own(byte_tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|end|>", lstrip=True, special=True)]})
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     renderer = Renderer(tokenizer, CHATML.replace("<|im_end|>", "<|end|>"))
-    tokens, mask = renderer.encode([conversation(("user", "q  "), ("assistant", "a <|end|> \n"))])[0]
+    tokens, mask = encode(renderer, conversation(("user", "q  "), ("assistant", "a <|end|> \n")))[0]
     asked = [START, *b"user\nq", end, 10, START, *b"assistant\n"]
     answered = [*b"a <|end|>", end]
     assert tokens.tolist() == [*asked, *answered, 10]
@@ -243,9 +252,9 @@ def plain(byte_tokenizer):
 
 
 def test_completions_and_texts_end_with_eos(plain):
-    completion, text = plain.encode([Completion("q: ", "é<eos>"), Text("ab")])
-    assert completion.tokens.tolist() == [*"q: é<eos>".encode(), EOS]
-    assert completion.loss_mask.tolist() == [False] * 3 + [True] * 8
+    completion, text = encode(plain, Completion("q: ", "é<eos>."), Text("ab"))
+    assert completion.tokens.tolist() == [*"q: é<eos>.".encode(), EOS]
+    assert completion.loss_mask.tolist() == [False] * 3 + [True] * 9
     assert text.tokens.tolist() == [*b"ab", EOS]
     assert text.loss_mask.tolist() == [False, True, True]
     assert completion.tokens.dtype == np.int32
@@ -256,7 +265,7 @@ def test_completions_and_texts_end_with_eos(plain):
 def test_bos_comes_first_where_the_tokenizer_adds_one(real_tokenizer):
     tokenizer = real_tokenizer("llama2")
     renderer = Renderer(tokenizer)
-    tokens, mask = renderer.encode([Completion("Q: two plus two?", " four")])[0]
+    tokens, mask = encode(renderer, Completion("Q: two plus two?", " four"))[0]
     expected = [*tokenizer("Q: two plus two? four").input_ids, tokenizer.eos_token_id]
     assert tokens.tolist() == expected
     assert expected[0] == tokenizer.bos_token_id
@@ -268,7 +277,7 @@ def test_bos_comes_first_where_the_tokenizer_adds_one(real_tokenizer):
 
 def test_a_token_across_the_border_belongs_to_the_prompt(real_tokenizer):
     tokenizer = real_tokenizer("gpt2")
-    tokens, mask = Renderer(tokenizer).encode([Completion("It is won", "derful news")])[0]
+    tokens, mask = encode(Renderer(tokenizer), Completion("It is won", "derful news"))[0]
     assert [tokenizer.decode(token) for token in tokens] == [
         "It",
         " is",
@@ -281,14 +290,14 @@ def test_a_token_across_the_border_belongs_to_the_prompt(real_tokenizer):
 
 def test_all_tokens_but_the_first(chatml, plain):
     example = conversation(("user", "q"), ("assistant", "a"))
-    tokens, mask = chatml.encode([example], assistant_only_loss=False)[0]
+    tokens, mask = encode(chatml, example, assistant_only_loss=False)[0]
     assert mask.tolist() == [False] + [True] * (len(tokens) - 1)
-    assert plain.encode([Text("a")], assistant_only_loss=False)[0].loss_mask.tolist() == [False, True]
+    assert encode(plain, Text("a"), assistant_only_loss=False)[0].loss_mask.tolist() == [False, True]
 
 
 def test_many_examples_keep_their_order(chatml):
     examples = [conversation(("user", f"{i}"), ("assistant", f"{i}!")) for i in range(600)]
-    found = chatml.encode(examples)
+    found = encode(chatml, *examples)
     assert [bytes(tokens[mask][:-1].tolist()).decode() for tokens, mask in found] == [f"{i}!" for i in range(600)]
 
 
@@ -297,13 +306,13 @@ def test_many_examples_keep_their_order(chatml):
 
 def test_show_marks_what_is_learned_with_and_without_colour(chatml, real_tokenizer):
     example = conversation(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))
-    shown = chatml.show(chatml.encode([example])[0])
+    shown = chatml.show(encode(chatml, example)[0])
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n⟦{}<|im_end|>⟧\n"
     assert shown.plain == turn.format("q", "a") + turn.format("r", "b")
     coloured = [shown.plain[span.start : span.end] for span in shown.spans]
     assert coloured == ["⟦a<|im_end|>⟧", "⟦b<|im_end|>⟧"]
     llama = Renderer(real_tokenizer("llama2"))
-    shown = llama.show(llama.encode([Completion("one two", " three four")])[0])
+    shown = llama.show(encode(llama, Completion("one two", " three four"))[0])
     assert shown.plain == "<s> one two⟦ three four</s>⟧"
 
 
@@ -315,11 +324,11 @@ def test_templates_by_name_file_and_source(byte_tokenizer, tmp_path):
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.chat_template = {"short": source, "default": CHATML}
     short = [*b"q", END, *b"a", END]
-    assert Renderer(tokenizer, "short").encode([example])[0].tokens.tolist() == short
-    assert Renderer(tokenizer, source).encode([example])[0].tokens.tolist() == short
-    assert Renderer(byte_tokenizer, str(file)).encode([example])[0].tokens.tolist() == short
-    long = Renderer(byte_tokenizer, "chatml").encode([example])[0].tokens.tolist()
-    assert Renderer(tokenizer).encode([example])[0].tokens.tolist() == long != short
+    assert encode(Renderer(tokenizer, "short"), example)[0].tokens.tolist() == short
+    assert encode(Renderer(tokenizer, source), example)[0].tokens.tolist() == short
+    assert encode(Renderer(byte_tokenizer, str(file)), example)[0].tokens.tolist() == short
+    long = encode(Renderer(byte_tokenizer, "chatml"), example)[0].tokens.tolist()
+    assert encode(Renderer(tokenizer), example)[0].tokens.tolist() == long != short
     with pytest.raises(ValueError, match=r"'zephir': no such file, and no name among: chatml, short, default"):
         Renderer(tokenizer, "zephir")
     tokenizer.chat_template = {"a": source, "b": source}
@@ -330,19 +339,20 @@ def test_templates_by_name_file_and_source(byte_tokenizer, tmp_path):
 def test_the_date_in_a_template_stays_the_same(byte_tokenizer):
     dated = "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     renderer = Renderer(byte_tokenizer, dated)
-    tokens = renderer.encode([conversation(("user", "q"), ("assistant", "a"))])[0].tokens
+    tokens = encode(renderer, conversation(("user", "q"), ("assistant", "a")))[0].tokens
     assert bytes(tokens[:10].tolist()) == b"2024-07-26"
 
 
 def test_errors_name_the_example(byte_tokenizer, plain):
     example = conversation(("user", "q"), ("assistant", "a"))
-    for ask in (lambda one: plain.encode([one]), plain.prompt):
+    for ask in (lambda one: encode(plain, one), plain.prompt):
         with pytest.raises(ValueError, match=r"^f:1: a conversation needs a chat template and the tokenizer has none"):
             ask(example)
     picky = Renderer(byte_tokenizer, "{{ raise_exception('too short') if messages|length > 2 }}" + CHATML)
     longer = conversation(*[(m.role, m.content) for m in example.messages], ("user", "r"), ("assistant", "b"))
     with pytest.raises(ValueError, match=r"^f:1: TemplateError: too short"):
-        picky.encode([example, longer])
+        picky.prompt(longer)
+    assert picky.encode([example, longer])[1] == BadRecord("f:1", "TemplateError: too short")
     with pytest.raises(ValueError, match=r"^f:2: plain text has no prompt"):
         plain.prompt(Text("t", origin="f:2"))
 
@@ -384,7 +394,7 @@ def test_no_eos_and_slow_tokenizers(byte_tokenizer):
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"no eos_token"):
-        Renderer(tokenizer).encode([Text("a")])
+        encode(Renderer(tokenizer), Text("a"))
 
     class Slow:
         is_fast = False

@@ -2,7 +2,7 @@ import pytest
 
 from jaxft.data.conversations import Conversation, Message
 from jaxft.data.formats import Completion, Text, convert
-from jaxft.data.sources import Record, read
+from jaxft.data.sources import BadRecord, Record, read
 
 
 def records(*values: dict) -> list[Record]:
@@ -10,7 +10,10 @@ def records(*values: dict) -> list[Record]:
 
 
 def one(value: dict, chat: bool = True, **options):
-    return convert(records(value), chat=chat, **options)[1][0]
+    found = convert(records(value), chat=chat, **options)
+    if found.bad:
+        raise ValueError(found.bad[0].reason)
+    return found.examples[0]
 
 
 QUESTION = Message("user", "q")
@@ -33,7 +36,8 @@ SHARED = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     ],
 )
 def test_all_formats_say_the_same(value, name):
-    found, examples = convert(records(value), chat=True)
+    found, examples, bad = convert(records(value), chat=True)
+    assert bad == []
     assert examples == [Conversation((QUESTION, ANSWER))]
     assert examples[0].origin == "data.jsonl:1"
     assert found.startswith(f"{name} (detected by ")
@@ -48,7 +52,7 @@ def test_without_a_chat_template():
     assert one({**alpaca, "input": "", "system": "s"}, chat=False) == Completion(prompt, "a")
     for chat in (False, True):
         assert one({"text": "t"}, chat=chat) == Text("t")
-    with pytest.raises(ValueError, match=r"data\.jsonl:1: `history` needs a chat template"):
+    with pytest.raises(ValueError, match=r"`history` needs a chat template"):
         one({**alpaca, "history": [["x", "y"]]}, chat=False)
 
 
@@ -72,7 +76,7 @@ def test_only_the_completion_of_message_lists_is_learned():
 def test_columns():
     value = {"question": "q", "answer": "a", "text": "unrelated"}
     columns = {"prompt": "question", "completion": "answer"}
-    found, examples = convert(records(value), chat=True, columns=columns)
+    found, examples, _ = convert(records(value), chat=True, columns=columns)
     assert examples == [Conversation((QUESTION, ANSWER))]
     assert found == ("completion (detected by prompt = question, completion = answer) -> chat template; not read: text")
     assert one(value, type="text") == Text("unrelated")
@@ -133,12 +137,20 @@ def test_records_that_cannot_be_used(value, options, reason):
 
 def test_errors_name_the_record_and_shapes_do_not_mix():
     good = {"prompt": "q", "completion": "a"}
-    with pytest.raises(ValueError, match=r"^data\.jsonl:2: `completion` is missing"):
-        convert(records(good, {"prompt": "q", "completion": None}), chat=True)
-    with pytest.raises(ValueError, match=r"^data\.jsonl:2: .*format text, but data\.jsonl:1 is of format completion"):
-        convert(records(good, {"text": "t"}), chat=True)
-    with pytest.raises(ValueError, match=r"^data\.jsonl:2: no known format"):
-        convert(records(good, {"prompt": "q"}), chat=True)
+    values = [{"prompt": "q", "completion": None}, good, {"text": "t"}, {"prompt": "q"}, good]
+    unread = BadRecord("data.jsonl:9", "not JSON")
+    found = convert([*records(*values), unread], chat=True)
+    assert len(found.examples) == 2
+    assert found.examples[0].origin == "data.jsonl:2"
+    reasons = [
+        ("data.jsonl:1", "`completion` is missing"),
+        ("data.jsonl:3", "this record is of format text, but data.jsonl:2 is of format completion"),
+        ("data.jsonl:4", "no known format. The record has: prompt"),
+    ]
+    assert found.bad[-1] == unread
+    for bad, (origin, reason) in zip(found.bad, reasons, strict=False):
+        assert bad.origin == origin
+        assert bad.reason.startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +177,8 @@ def test_errors_name_the_record_and_shapes_do_not_mix():
     ],
 )
 def test_real_files(material, file, columns, name, count, first):
-    found, examples = convert(read(str(material / "data" / file)), chat=True, columns=columns)
+    found, examples, bad = convert(read(str(material / "data" / file)), chat=True, columns=columns)
+    assert bad == []
     assert found.startswith(name)
     assert len(examples) == count
     assert examples[0].messages[0].content.startswith(first)
@@ -178,14 +191,16 @@ def test_real_files(material, file, columns, name, count, first):
         ("llamafactory-demo/dpo_en_demo.json", 2, "preference data"),
         ("llamafactory-demo/kto_en_demo.json", 2, "preference data .by label"),
         ("llamafactory-demo/v1_dpo_demo.jsonl", 1, "preference data .by chosen_messages, rejected_messages"),
-        (
-            "llamafactory-demo/reason_tool_use_demo_50.jsonl",
-            1,
-            "content of type 'reasoning' is not supported",
-        ),
     ],
 )
 def test_real_files_that_are_for_something_else(material, file, line, reason):
     path = str(material / "data" / file)
     with pytest.raises(ValueError, match=f"{path}:{line}: .*{reason}"):
         convert(read(path), chat=True)
+
+
+def test_real_thinking_data_is_refused_record_by_record(material):
+    records = read(str(material / "data/llamafactory-demo/reason_tool_use_demo_50.jsonl"))
+    found = convert(records, chat=True)
+    assert len(found.bad) == len(records) == 50
+    assert all("content of type 'reasoning' cannot be learned yet" in bad.reason for bad in found.bad)

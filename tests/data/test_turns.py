@@ -1,3 +1,4 @@
+from dataclasses import replace
 from datetime import date
 
 import pytest
@@ -59,18 +60,34 @@ def test_without_a_prompt_in_the_template_the_model_writes_the_header_itself():
 
 def test_text_without_special_tokens_ends_with_eos():
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
-    rendered = template(plain + "{% if add_generation_prompt %}assistant:{% endif %}").render(TWO)
-    assert [rendered.text[start:end] for start, end in rendered.supervised] == [" one\n\n", " two\n\n"]
+    last_only = Conversation((TWO.messages[0], replace(TWO.messages[1], supervised=False), *TWO.messages[2:]))
+    rendered = template(plain + "{% if add_generation_prompt %}assistant:{% endif %}").render(last_only)
+    assert [rendered.text[start:end] for start, end in rendered.supervised] == [" two\n\n"]
     assert rendered.add_eos
-    unanswered = conversation(("user", "q"), ("assistant", "one"), ("user", "r"))
+    asked = conversation(("user", "q"), ("assistant", "one"), ("user", "r"))
+    unanswered = Conversation((asked.messages[0], replace(asked.messages[1], supervised=False), asked.messages[2]))
     assert not template(plain).render(unanswered).add_eos
 
 
+@pytest.mark.parametrize("body", [
+    "{{ m.role }}: {{ m.content }}\n\n",
+    "[{{ m.role }}]{{ m.content }}{% if loop.last %}{{ eos_token }}{% endif %}",
+    "[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}\n",
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}",
+])  # fmt: skip
+def test_an_answer_after_which_nothing_would_stop_is_not_learned(body):
+    """Generation would go on with a turn of the user; the last template's markup is letters to the tokenizer."""
+    source = "{% for m in messages %}" + body.replace("{{ m.content }}\n", "{{ m.content }}\n") + "{% endfor %}"
+    with pytest.raises(TemplateError, match="ends in no token that stops generation"):
+        template(source, "</s>").render(TWO)
+
+
 def test_a_last_answer_that_is_closed_differently_from_earlier_ones():
+    first = replace(TWO.messages[1], supervised=False)
     source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ eos_token }}"
     prompt = "{% if add_generation_prompt %}[assistant]{% endif %}"
     body = source.replace("{{ eos_token }}", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}" + prompt)
-    assert learned(body, TWO, "</s>") == ["one", "two</s>"]
+    assert learned(body, replace(TWO, messages=(TWO.messages[0], first, *TWO.messages[2:])), "</s>") == ["two</s>"]
 
 
 @pytest.mark.parametrize("strip", ["trim", "string", "upper"])

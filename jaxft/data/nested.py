@@ -1,0 +1,45 @@
+"""Lists and objects inside a record, in the ways that files store them.
+
+JSON may stand as text in a column. Older versions of `datasets` store a list of objects as an object of lists. Arrow
+gives every object all fields that any of them has, and the missing ones are null.
+"""
+
+from typing import Any
+
+from jaxft.data.sources import parse_json
+
+_LITERAL = ("default", "const", "enum", "examples")  # keys of a JSON schema under which null is a value
+
+
+def listed(value: Any, what: str) -> Any:
+    """JSON text as what it says; an object of lists of one length as the list of objects it stores."""
+    value = parsed(value, what)
+    columns = list(value.values()) if isinstance(value, dict) else []
+    if columns and all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
+        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    return list(value) if isinstance(value, tuple) else value
+
+
+def parsed(value: Any, what: str) -> Any:
+    """The list or object that JSON text says; any other value as it is, and blank text as None."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    if value.lstrip()[0] not in "[{":
+        return value
+    try:
+        return parse_json(value)
+    except ValueError as error:
+        raise ValueError(f"{what} is text, but not JSON: {error}") from None
+
+
+def without_nulls(value: Any) -> Any:
+    """Without the keys that are null, at any depth."""
+    if isinstance(value, dict):
+        return {
+            key: part if key in _LITERAL else without_nulls(part)
+            for key, part in value.items()
+            if part is not None or key == "const"
+        }
+    return [without_nulls(part) for part in value] if isinstance(value, list | tuple) else value

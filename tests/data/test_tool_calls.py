@@ -1,0 +1,84 @@
+import json
+
+import pytest
+
+from jaxft.data.conversations import Message, parse_messages
+from jaxft.data.tool_calls import parse_tools
+
+
+def test_tool_calls_of_openai_and_sharegpt_are_the_same():
+    call = {"name": "add", "arguments": {"x": 1}}
+    openai = [
+        {"role": "user", "content": "q"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {**call, "arguments": '{"x": 1}'}}],
+        },
+        {"role": "tool", "content": ""},
+        {"role": "assistant", "content": "a"},
+    ]
+    sharegpt = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": ""},
+        {"from": "gpt", "value": "a"},
+    ]
+    expected = {"id": "call00000", "type": "function", "function": call}
+    messages = parse_messages(openai)
+    assert messages == parse_messages(sharegpt)
+    assert messages[1] == Message("assistant", "", True, (expected,))
+    assert messages[2] == Message("tool", "", tool_call_id="call00000")
+
+
+def test_several_calls_are_answered_in_order_unless_the_results_say_otherwise():
+    calls = [{"id": name, "function": {"name": name, "arguments": {}}} for name in ("one", "two", "three")]
+    asked = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": calls}]
+    results = [{"role": "tool", "content": "r", "tool_call_id": given} for given in ("two", None, None)]
+    messages = parse_messages([*asked, *results])
+    assert [message.tool_call_id for message in messages[2:]] == ["two", "one", "three"]
+
+
+@pytest.mark.parametrize(
+    "call, reason",
+    [
+        ({"function": {"name": "f", "arguments": "{x}"}}, "arguments of f are not JSON"),
+        ({"function": {"name": "f", "arguments": [1]}}, "arguments of f must be an object"),
+        ({"function": {"arguments": {}}}, "without a function name"),
+        ("f", "without a function name"),
+    ],
+)
+def test_bad_tool_calls(call, reason):
+    with pytest.raises(ValueError, match=rf"message 2: .*{reason}"):
+        parse_messages([{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}])
+
+
+def test_calls_by_others_and_calls_that_are_no_json():
+    calls = [{"function": {"name": "f"}}]
+    with pytest.raises(ValueError, match=r"tool calls by role user"):
+        parse_messages([{"role": "user", "content": "q", "tool_calls": calls}])
+    with pytest.raises(ValueError, match=r"message 2: the function call is not JSON"):
+        parse_messages([{"from": "human", "value": "q"}, {"from": "function_call", "value": "add(1)"}])
+
+
+def test_tools():
+    function = {"name": "add", "parameters": {}}
+    wrapped = {"type": "function", "function": function}
+    as_text = json.dumps(function)
+    for given in (
+        [function],
+        [wrapped],
+        function,
+        as_text,
+        f"[{as_text}]",
+        [as_text],
+        [{"type": "function", "function": as_text}],
+        [{"name": "add", "parameters": "{}"}],
+        [{**wrapped, "strict": None}],
+        {"name": ["add"], "parameters": [{}]},
+    ):
+        assert parse_tools(given)[0] == (wrapped,)
+    assert parse_tools(None) == parse_tools("[]") == parse_tools("") == ((), ())
+    for bad, reason in [("{", "not JSON"), (7, "must be a list"), ([{"x": 1}], "without a name"), (["f"], "not str")]:
+        with pytest.raises(ValueError, match=reason):
+            parse_tools(bad)
