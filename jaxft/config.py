@@ -211,6 +211,7 @@ class Config(_Section):
     )
     packing: bool = Field(False, description="Several examples to a row; none attends to another.")
     assistant_only_loss: bool = Field(True, description="Learn the assistant's turns; false = all tokens.")
+    mask_history: bool = Field(False, description="Learn the last answer of each conversation only.")
     chat_template: str | None = Field(
         None, description="Name, or .jinja file relative to the current directory; null = the model's own."
     )

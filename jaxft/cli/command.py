@@ -60,8 +60,6 @@ def load_tokenizer(model: Path, adapter: str | Path | None = None) -> PreTrained
 
 
 def end_of_turn(renderer: Renderer) -> set[int]:
-    """The special token that ends an answer in the chat template; a base model's own files do not name it."""
-    if renderer.template is None:
-        return set()
-    closing = renderer.template.special.search(renderer.template.end_of_turn)
-    return {renderer.tokenizer.convert_tokens_to_ids(closing[0])} if closing else set()
+    """The tokens that end an answer in the chat template; a base model's own files do not name them."""
+    stops = renderer.template.stops if renderer.template else ()
+    return set(renderer.tokenizer.convert_tokens_to_ids(list(stops)))

@@ -115,7 +115,6 @@ class Renderer:
             today,
             time_limit,
             [token.content for token in added.values()],
-            tokenizer.decode(self._bos),
         )
         if self.template and self._bos and source not in own_templates(tokenizer).values():
             self._tell_of_bos()
@@ -166,9 +165,7 @@ class Renderer:
             if isinstance(example, Text):
                 raise ValueError("plain text has no prompt to answer")
             if isinstance(example, Completion):
-                whole = () if example.rendered else ((0, len(example.prompt)),)
-                rendered = Rendered(example.prompt, (), whole, add_bos=not self._begins_with_bos(example.prompt))
-                reference = example.completion
+                rendered, reference = self._prompt_of(example), example.completion
             else:
                 last = max(i for i, message in enumerate(example.messages) if message.role == "assistant")
                 rendered = self._need_template().prompt(example.messages[:last], example.tools)
@@ -220,32 +217,42 @@ class Renderer:
 
     def _continuation(self, asked: str, answer: str, rendered: bool, events: tuple[Event, ...]) -> Rendered:
         """A text without a template, or one that has been through it: BOS, the two parts, and an end."""
-        starts, ends = self._begins_with_bos(asked or answer), self._ends_with_eos(answer)
+        ends = self._ends_with_eos(answer)
         if rendered:
             answer += "" if ends else self.template.closing(answer)
-            text = asked + answer
-            closed = ends or self.template.stop is not None
-            events = (*events, RENDERED)
-            return Rendered(text, ((len(asked), len(text)),), (), not starts, not closed, events)
-        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
+            if self.template.begins_with_bos and not self._begins_with_bos(asked + answer):
+                asked = self.tokenizer.bos_token + asked
+            text, closed = asked + answer, ends or self.template.stop is not None
+            return Rendered(text, ((len(asked), len(text)),), (), False, not closed, (*events, RENDERED))
+        starts = bool(self._bos) and self._begins_with_bos(asked + answer)
         if starts:
-            asked, answer = (asked.removeprefix(bos), answer) if asked else (asked, answer.removeprefix(bos))
+            bos = self.tokenizer.bos_token
+            asked, answer = (
+                (asked.lstrip().removeprefix(bos), answer) if asked else ("", answer.lstrip().removeprefix(bos))
+            )
         if ends:
-            answer = answer.rstrip().removesuffix(eos)
+            answer = answer.rstrip().removesuffix(self.tokenizer.eos_token)
         text = asked + answer
         events = (*events, *((WRITTEN_ENDS,) if starts or ends else ()))
         events = (*events, *shown.markup_events(text, self._special, self._own_markup))
         return Rendered(text, ((len(asked), len(text)),), ((0, len(text)),), True, True, events)
 
+    def _prompt_of(self, example: Completion) -> Rendered:
+        """What comes before the completion, as `_continuation` has it."""
+        whole = self._continuation(example.prompt, example.completion, example.rendered, ())
+        length = whole.supervised[0][0]
+        content = tuple((start, min(end, length)) for start, end in whole.content)
+        return Rendered(whole.text[:length], (), content, add_bos=whole.add_bos)
+
     def _begins_with_bos(self, text: str) -> bool:
-        return bool(self._bos) and text.startswith(self.tokenizer.bos_token or "\0")
+        return text.lstrip().startswith(self.tokenizer.bos_token or "\0")
 
     def _ends_with_eos(self, text: str) -> bool:
         return text.rstrip().endswith(self.tokenizer.eos_token or "\0")
 
     def _tell_of_bos(self) -> None:
         text = self.template.prompt([Message("user", "question")]).text
-        if not text.startswith(self.tokenizer.decode(self._bos)):
+        if not self._begins_with_bos(text):
             logger.warning(
                 "the chat template does not begin with %s, which the tokenizer puts before every text; "
                 "if the model was trained with it, begin the template with {{ bos_token }}",

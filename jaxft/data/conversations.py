@@ -9,7 +9,7 @@ has a parameter of that name, or is not known.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxft.data.events import Event, part_key_not_read, role_read_as
@@ -156,6 +156,15 @@ def check_order(messages: Sequence[Message]) -> None:
         before = "assistant with tool calls" if message.tool_calls else message.role
     if all(message.role != "assistant" for message in messages):
         raise ValueError("no assistant message: there is nothing to learn from")
+
+
+def with_last_answer(conversation: Conversation) -> Conversation:
+    """The same conversation, of which only the last answer is learned, if it was to be."""
+    last = max(i for i, message in enumerate(conversation.messages) if message.role == "assistant")
+    messages = (
+        replace(message, supervised=message.supervised and i == last) for i, message in enumerate(conversation.messages)
+    )
+    return replace(conversation, messages=tuple(messages))
 
 
 def _parse_message(turn: Any, calls: int, waiting: list[str], tools: Sequence[dict]) -> Message:

@@ -76,4 +76,4 @@ class EventCount:
         return tuple(sorted(counts, key=lambda count: (not count.lost, -count.examples)))
 
     def __str__(self) -> str:
-        return f"{self.examples} examples: {self.name} (first: {self.first})"
+        return f"{self.examples} example{'s' if self.examples > 1 else ''}: {self.name} (first: {self.first})"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from jaxft.data.chat import Renderer, TooLong
+from jaxft.data.conversations import Conversation, with_last_answer
 from jaxft.data.events import Event, EventCount
 from jaxft.data.formats import Example, convert
 from jaxft.data.sources import BadRecord, read
@@ -117,6 +118,7 @@ def prepare(
     val_set_size: int | float = 0,
     excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop",
     assistant_only_loss: bool = True,
+    mask_history: bool = False,
     on_bad_record: Literal["error", "drop"] = "error",
     strict_data: bool = False,
     seed: int = 0,
@@ -131,6 +133,7 @@ def prepare(
         val_set_size: examples to hold out of `datasets` instead: a number, or a fraction below 1.
         excess_length_strategy: what happens to longer examples.
         assistant_only_loss: learn assistant turns and completions; False = every token.
+        mask_history: learn the last answer of each conversation only.
         on_bad_record: what happens to records that cannot be trained on.
         strict_data: what an example says and is not trained on is an error.
         seed: decides which examples `val_set_size` holds out.
@@ -141,7 +144,7 @@ def prepare(
     weights = _weights(datasets)
     if eval_datasets and val_set_size:
         raise ValueError("`eval_datasets` and `val_set_size` are both given; keep one")
-    settings = (renderer, max_length, excess_length_strategy, assistant_only_loss)
+    settings = (renderer, max_length, excess_length_strategy, assistant_only_loss, mask_history)
     loaded = [_load(dataset, *settings) for dataset in (*datasets, *eval_datasets)]
     bad = [record for source in loaded for record in source.bad]
     if bad and on_bad_record == "error":
@@ -197,6 +200,7 @@ def _load(
     max_length: int,
     excess_length_strategy: Literal["drop", "truncate", "raise"],
     assistant_only_loss: bool,
+    mask_history: bool,
 ) -> _Loaded:
     records = read(dataset.path, split=dataset.split, name=dataset.name, max_examples=dataset.max_examples)
     format, examples, bad = convert(
@@ -206,6 +210,8 @@ def _load(
         columns=dataset.columns,
         is_rendered=renderer.is_rendered,
     )
+    if mask_history:
+        examples = [with_last_answer(one) if isinstance(one, Conversation) else one for one in examples]
     kept: list[Example] = []
     tokens: list[Tokenized] = []
     happened: list[tuple[str, Iterable[Event]]] = []

@@ -15,6 +15,19 @@ from jaxft.data.conversations import Message
 from jaxft.data.template_process import TemplateError
 
 _ID_LENGTH = 9
+_ID = "call_R7wq2ZkX0bNfT4sYvLmC9dJe"  # as OpenAI's API gives them
+_WORD = {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}
+_TOOL = {"type": "function", "function": {"name": "look_up", "description": "Look up.", "parameters": _WORD}}
+CALLED = "heron"
+#: A call whose argument is `CALLED`.
+CALL = (
+    Message("user", "question"),
+    Message(
+        "assistant",
+        "",
+        tool_calls=({"id": _ID, "type": "function", "function": {"name": "look_up", "arguments": {"word": CALLED}}},),
+    ),
+)
 
 
 class CallForm(NamedTuple):
@@ -27,26 +40,17 @@ class CallForm(NamedTuple):
 
 def find_call_form(render: Callable[[dict], str]) -> CallForm:
     """The first form in which a template shows a call, or else the first that it accepts."""
-    function = {"name": "look_up", "arguments": {"word": "heron"}}
-    call = {"id": "call_R7wq2ZkX0bNfT4sYvLmC9dJe", "type": "function", "function": function}
-    parameters = {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}
-    tool = {"name": "look_up", "description": "Look up.", "parameters": parameters}
-    messages = (
-        Message("user", "question"),
-        Message("assistant", "", tool_calls=(call,)),
-        Message("tool", "result", tool_call_id=call["id"]),
-        Message("assistant", "answer"),
-    )
+    messages = (*CALL, Message("tool", "result", tool_call_id=_ID), Message("assistant", "answer"))
     accepted = []
     for short_ids, as_text, content in product((False, True), (False, True), (None, "")):
         form = CallForm(content, as_text, short_ids)
         try:
-            text = render(job(messages, [{"type": "function", "function": tool}], False, form))
+            text = render(job(messages, [_TOOL], False, form))
         except TemplateError:
             continue
         if "None" in text:  # a null content, spelt
             continue
-        if "heron" in text and '\\"heron' not in text:
+        if CALLED in text and f'\\"{CALLED}' not in text:
             return form
         accepted.append(form)
     return accepted[0] if accepted else CallForm()

@@ -29,11 +29,12 @@ from jaxft.data import shown
 from jaxft.data.conversations import Conversation, Message
 from jaxft.data.events import CALL_IDS, Event, key_not_shown
 from jaxft.data.marks import Marked, free_characters, render_with_marks, take_out
-from jaxft.data.template_input import CallForm, find_call_form, job, rewrites_ids
+from jaxft.data.template_input import CALL, CALLED, CallForm, find_call_form, job, rewrites_ids
 from jaxft.data.template_process import OUTPUT_LIMIT, OutputLimitError, TemplateError, TemplateProcess
 
 Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+_OPENING = len("<reasoning>\n")
 _PROBE = (Message("user", "question"), Message("assistant", "answer"))
 
 
@@ -64,9 +65,9 @@ class ChatTemplate:
         today: the date for templates that write one; fixed, so that a resumed run reads the same data.
         time_limit: seconds for one conversation.
         added_tokens: other texts that become a single token, and may end a turn.
-        bos: what the tokenizer puts before every text.
 
     Attributes:
+        begins_with_bos: whether the template writes BOS before a conversation.
         end_of_turn: what the template writes after an answer, up to the token that stops generation.
         stop: that token; None where there is none, and EOS ends the conversation.
     """
@@ -79,7 +80,6 @@ class ChatTemplate:
         today: date,
         time_limit: float,
         added_tokens: Iterable[str] = (),
-        bos: str = "",
     ):
         special_tokens = list(special_tokens)
         self.special = any_of(special_tokens)
@@ -93,7 +93,8 @@ class ChatTemplate:
         token = self.special.search(after) or any_of(added_tokens).search(after)
         self.end_of_turn = after[: token.end()] if token else after
         self.stop = token and token[0]
-        self._bos = bos
+        self._bos = variables.get("bos_token", "") if "bos_token" in source else ""
+        self.begins_with_bos = bool(self._bos) and found.text.lstrip().startswith(self._bos)
         self._header = ""
         if all(len(places) == 1 for places in (*found.opens, *found.closes)):
             between = found.text[found.closes[0][0] : found.opens[1][0]]
@@ -123,8 +124,10 @@ class ChatTemplate:
     def is_rendered(self, text: str) -> bool:
         """Whether a text went through this template already: it begins as a conversation does, and has an answer."""
         body = text.strip().removeprefix(self._bos).lstrip()
-        marked = all(self._beginnings) or self.special.search(self._header)
-        return bool(marked and len(self._header) > 2 and body.startswith(self._beginnings) and self._header in body)
+        begins = body.startswith(tuple(filter(None, self._beginnings)))
+        if self.special.search(self._header):
+            begins = begins or "" in self._beginnings or self.special.match(body)
+        return bool(begins and len(self._header) > 2 and self._header in body)
 
     def closing(self, text: str) -> str:
         """What a text that was rendered already lacks of an end of turn; empty where it has one."""
@@ -141,7 +144,7 @@ class ChatTemplate:
                 text = self._render(messages, ()).text
             except TemplateError:  # it takes no system message
                 continue
-            opening = text.partition(messages[0].content)[0].removeprefix(self._bos).strip()
+            opening = text.partition(messages[0].content)[0].strip().removeprefix(self._bos).strip()
             token = self.special.match(opening)
             words.append(token[0] if token else "".join(opening.split()[:1]))
         return tuple(words)
@@ -150,6 +153,21 @@ class ChatTemplate:
     def _call_form(self) -> CallForm:
         return find_call_form(lambda one: self._process.render([one])[0])
 
+    @cached_property
+    def _call_stop(self) -> str | None:
+        """The token that ends a turn which calls a tool."""
+        try:
+            text = self._process.render([self._job(CALL, (), False)])[0]
+        except TemplateError:
+            return None
+        token = self.special.search(text, text.rfind(CALLED) + len(CALLED)) if CALLED in text else None
+        return token and token[0]
+
+    @property
+    def stops(self) -> set[str]:
+        """The tokens after which generation must stop; empty where EOS alone ends an answer."""
+        return {stop for stop in (self.stop, self._call_stop) if stop is not None}
+
     def _job(self, messages: Sequence[Message], tools: Sequence[dict], add_generation_prompt: bool) -> dict:
         form = self._call_form if any(message.tool_calls for message in messages) else CallForm()
         return job(messages, tools, add_generation_prompt, form)
@@ -157,12 +175,12 @@ class ChatTemplate:
     def _check_stops(self, text: str, supervised: Sequence[Span], add_eos: bool) -> None:
         """Refuse a learned answer after which generation would not stop."""
         for k, (start, end) in enumerate(supervised, 1):
-            ends = self.stop is not None and text[start:end].rstrip().endswith(self.stop)
+            ends = text[start:end].rstrip().endswith(tuple(self.stops))
             if not ends and not (add_eos and k == len(supervised)):
                 raise TemplateError(
                     "an answer that is learned ends in no token that stops generation, as the chat template writes "
                     f"{text[end : end + 20]!r} after it; use a template that ends every answer with such a token "
-                    "(chat_template: chatml), or mark all answers but the last with `weight: 0`"
+                    "(chat_template: chatml), or learn the last answer of a conversation only (mask_history: true)"
                 )
 
     def _events(
@@ -182,7 +200,9 @@ class ChatTemplate:
             yield from shown.call_events(message, learned if message.supervised and not turns else turn)
             yield from shown.markup_events(message.content, self.special, self._markup)
             if i in turns:
-                yield from shown.thought_events(message, turn.partition(message.content.strip() or "\0")[0])
+                # Some prompts open the thought, and only its end is learned.
+                before = found.text[: turns[i][0]][-_OPENING:] + turn.partition(message.content.strip() or "\0")[0]
+                yield from shown.thought_events(message, before)
         if any(message.tool_calls for message in messages) and rewrites_ids(messages, self._call_form):
             yield CALL_IDS
         yield from self._key_events(messages, tools, found.text)
@@ -269,6 +289,11 @@ class ChatTemplate:
         end = found.text.find(self.end_of_turn, content_end, limit)
         if end >= 0 and self.end_of_turn:
             return end + len(self.end_of_turn)
+        end = (
+            found.text.rfind(self._call_stop, content_end, limit) if messages[i].tool_calls and self._call_stop else -1
+        )
+        if end >= 0:
+            return end + len(self._call_stop)
         if (self.end_of_turn and not following) or not messages[i].content:
             raise TemplateError(f"cannot tell where the turn of message {i + 1} ends in the rendered conversation")
         return content_end

@@ -125,6 +125,7 @@ def gather(config: Config) -> Inputs:
         val_set_size=config.val_set_size,
         excess_length_strategy=config.excess_length_strategy,
         assistant_only_loss=config.assistant_only_loss,
+        mask_history=config.mask_history,
         on_bad_record=config.on_bad_record,
         strict_data=config.strict_data,
         seed=config.seed,

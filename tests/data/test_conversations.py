@@ -1,6 +1,8 @@
+import json
+
 import pytest
 
-from jaxft.data.conversations import Message, parse_messages
+from jaxft.data.conversations import Conversation, Message, parse_messages, with_last_answer
 
 
 def turns(*pairs: tuple[str, object]) -> list[dict]:
@@ -38,6 +40,88 @@ def test_weights_choose_what_is_learned(key):
             parse_messages([question, {"role": "assistant", "content": "a", key: weight}])
     with pytest.raises(ValueError, match=r"message 1: .*only assistant messages can be learned"):
         parse_messages([{**question, key: 1}, *turns(("assistant", "a"))])
+
+
+@pytest.mark.parametrize(
+    "no, yes",
+    [
+        ({"loss": False}, {"loss": True}),
+        ({"train": 0}, {"train": 1}),
+        ({"trainable": False}, {}),
+        ({"training": "false"}, {"training": "true"}),
+        ({"loss_mask": 0.0}, {"loss_mask": 1.0}),
+        ({"mask": True}, {"mask": False}),
+        ({"train_on_turn": False, "weight": 0}, {"train_on_turn": True, "weight": 1}),
+        ({"learn": False}, {"learn": None}),
+        ({"supervised": False}, {"supervised": True}),
+        ({"masked": 1}, {"masked": 0}),
+    ],
+)
+def test_marks_of_other_trainers_choose_what_is_learned(no, yes):
+    given = [*turns(("user", "q")), {"role": "assistant", "content": "wrong", **no}]
+    given += [*turns(("user", "r")), {"role": "assistant", "content": "right", **yes}]
+    messages = parse_messages(given)
+    assert [message.supervised for message in messages] == [False, False, False, True]
+    assert all(message.extra == {} for message in messages)
+    for key, value in yes.items():
+        if value and key != "mask":
+            with pytest.raises(ValueError, match=f"message 1: `{key}` is .* only assistant messages can be learned"):
+                parse_messages([{**given[0], key: value}, *given[1:]])
+
+
+@pytest.mark.parametrize(
+    "marks, reason",
+    [
+        ({"loss": 0.37}, "`loss` is 0.37; a turn is learned"),
+        ({"loss_mask": [0, 1]}, "`loss_mask` is .0, 1."),
+        ({"train": "maybe"}, "`train` is 'maybe'"),
+        ({"weight": 1, "train": False}, "`weight` and `train` contradict each other"),
+        ({"mask": True, "trainable": True}, "`trainable` and `mask` contradict each other"),
+    ],
+)
+def test_marks_that_say_nothing_clear(marks, reason):
+    with pytest.raises(ValueError, match=f"message 2: {reason}"):
+        parse_messages([*turns(("user", "q")), {"role": "assistant", "content": "a", **marks}])
+
+
+@pytest.mark.parametrize(
+    "key", ["reasoning", "reasoning_content", "thinking", "thought", "thoughts", "think", "reasoning_details"]
+)
+def test_reasoning_in_a_key_is_refused_unless_it_is_empty(key):
+    answer = {"role": "assistant", "content": "a"}
+    with pytest.raises(ValueError, match=f"message 2: reasoning in `{key}` cannot be learned yet"):
+        parse_messages([*turns(("user", "q")), {**answer, key: "because"}])
+    for nothing in (None, "", []):
+        assert parse_messages([*turns(("user", "q")), {**answer, key: nothing}])[1].content == "a"
+
+
+def test_lists_as_files_store_them():
+    """JSON text, the object of lists of older `datasets`, and fields that Arrow filled in."""
+    pairs = [("user", "q"), ("assistant", "a")]
+    expected = parse_messages(turns(*pairs))
+    columns = {"role": ["user", "assistant"], "content": ["q", "a"], "tool_calls": [None, None]}
+    for given in (
+        json.dumps(turns(*pairs)),
+        columns,
+        json.dumps(columns),
+        [json.dumps(turn) for turn in turns(*pairs)],
+        tuple(turns(*pairs)),
+        [{**turn, "name": None, "weight": None, "tool_calls": None} for turn in turns(*pairs)],
+        [{"from": role.upper(), "value": text, "content": None} for role, text in pairs],
+    ):
+        assert parse_messages(given) == expected
+    for bad, reason in [
+        ("[{]", "is text, but not JSON"),
+        ({"role": ["user"], "content": []}, "must be a list, not dict"),
+    ]:
+        with pytest.raises(ValueError, match=f"the messages {reason}"):
+            parse_messages(bad)
+
+
+def test_only_the_last_answer_is_learned():
+    pairs = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"), ("user", "s")]
+    kept = with_last_answer(Conversation(parse_messages(turns(*pairs))))
+    assert [message.supervised for message in kept.messages] == [False, False, False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import pytest
 
 from jaxft.data.conversations import Conversation, Message
-from jaxft.data.formats import Completion, Text, convert
+from jaxft.data.formats import Completion, FormatError, Text, convert
 from jaxft.data.sources import BadRecord, Record, read
 
 
@@ -133,6 +133,37 @@ def test_columns():
 def test_records_that_cannot_be_used(value, options, reason):
     with pytest.raises(ValueError, match=reason):
         one(value, **options)
+
+
+@pytest.mark.parametrize("label", ["category", "label", "intent", "sentiment", "target", "answer", "class"])
+def test_labelled_text_is_not_learned_without_its_labels(label):
+    value = {"text": "Where is my card?", label: "card_arrival", "id": 7}
+    with pytest.raises(FormatError, match=f"^data.jsonl:1: `text` stands beside `{label}`: .*completion: {label}"):
+        convert(records(value), chat=True)
+    found = convert(records(value), chat=True, columns={"prompt": "text", "completion": label})
+    assert found.examples[0].messages[1].content == "card_arrival"
+    found = convert(records(value), chat=True, type="text")
+    assert found.examples == [Text("Where is my card?")]
+    assert found.format.endswith(f"not read: {', '.join(sorted([label, 'id']))}")
+
+
+@pytest.mark.parametrize(
+    "about", [{"url": "x", "timestamp": "y"}, {"meta": {"set": "pile"}}, {"id": 1, "title": "t", "label": None}]
+)
+def test_text_with_columns_that_say_where_it_is_from_is_text(about):
+    assert convert(records({"text": "t", **about}), chat=True).examples == [Text("t")]
+
+
+@pytest.mark.parametrize("verdict", [True, False, "true", "False"])
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
+def test_verdicts_on_answers_are_preference_data(verdict, key):
+    with pytest.raises(FormatError, match=f"preference data .by {key}"):
+        convert(records({"prompt": "q", "completion": "a", key: verdict}), chat=True)
+
+
+def test_columns_that_are_null_throughout_decide_nothing():
+    value = {"messages": TURNS, "text": None, "prompt": None, "completion": None}
+    assert convert(records(value), chat=True).examples == [Conversation((QUESTION, ANSWER))]
 
 
 def test_errors_name_the_record_and_shapes_do_not_mix():

@@ -170,3 +170,115 @@ def test_real_data(material: Path, real_tokenizer):
     assert report.longest == max(lengths)
     answered = [len(tokenizer(r["answer"]).input_ids) + 1 for r in records]
     assert report.supervised == sum(a for a, length in zip(answered, lengths, strict=True) if length <= 256)
+
+
+# --- bad records, and what is not learned -------------------------------------------------------------------
+
+
+def write_lines(path: Path, records: list) -> str:
+    path.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in records))
+    return str(path)
+
+
+@pytest.fixture
+def many_bad(tmp_path):
+    """300 records, every 25th bad, each in one of four ways."""
+    faults = [
+        {"prompt": "q", "completion": ""},
+        {"prompt": "q", "completion": None},
+        {"prompt": ["q"], "completion": "a"},
+        {"question": "q"},
+    ]
+    records: list = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(300)]
+    for k, i in enumerate(range(7, 300, 25)):
+        records[i] = faults[k % 4]
+    return write_lines(tmp_path / "a.jsonl", records)
+
+
+def test_all_bad_records_are_named_at_once(many_bad, write, renderer):
+    good = write("b.jsonl", ("r", "b"))
+    with pytest.raises(ValueError) as raised:
+        prepare([spec(good), spec(many_bad)], renderer, max_length=64)
+    lines = str(raised.value).splitlines()
+    assert [line.split(": ")[0] for line in lines[:10]] == [f"{many_bad}:{i + 1}" for i in range(7, 250, 25)]
+    assert lines[0].endswith("`completion` is empty")
+    assert lines[2].endswith("must both be text or both be lists of messages")
+    assert lines[10:] == ["... and 2 more", "12 of 301 records are bad; mend them, or set `on_bad_record: drop`"]
+
+
+def test_bad_records_are_dropped_and_counted_where_that_is_asked_for(many_bad, renderer):
+    prepared = prepare([spec(many_bad)], renderer, max_length=64, on_bad_record="drop")
+    source = prepared.report.sources[0]
+    assert (source.read, source.bad, source.kept) == (300, 12, 288)
+    assert answers(prepared.train[0])[:8] == [*(f"a{i}" for i in range(7)), "a8"]
+    text = str(prepared.report)
+    assert "dropped: 0 too long, 0 with nothing to learn, 12 bad; cut: 0" in text
+    assert "WARNING: 12 of 300 records are bad and were dropped:" in text
+    assert text.count(f"{many_bad}:") == 11  # the source and ten of its records
+
+
+def test_a_source_of_bad_records_alone(renderer, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}] * 40)
+    with pytest.raises(ValueError, match=rf"^{path}:1: no known format") as raised:
+        prepare([spec(path)], renderer, max_length=64)
+    assert str(raised.value).splitlines()[1:] == [
+        "... the others alike",
+        "40 of 40 records are bad; mend them, or set `on_bad_record: drop`",
+    ]
+    with pytest.raises(ValueError, match=rf"{path}: none of 40 examples is left: .* 40 are bad\n  {path}:1: no known"):
+        prepare([spec(path)], renderer, max_length=64, on_bad_record="drop")
+
+
+def test_records_that_the_template_refuses_are_bad(byte_tokenizer, write):
+    source = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    picky = Renderer(byte_tokenizer, "{{ raise_exception('too short') if messages[0].content == 'q' }}" + source)
+    path = write("a.jsonl", ("q", "a"), ("question 2", "a"), ("q", "b"))
+    with pytest.raises(ValueError, match=rf"{path}:1: TemplateError: too short\n{path}:3: .*\n2 of 3 records are bad"):
+        prepare([spec(path)], picky, max_length=64)
+    assert prepare([spec(path)], picky, max_length=64, on_bad_record="drop").report.sources[0].bad == 2
+
+
+def test_strict_data(renderer, tmp_path):
+    turns = [{"role": "user", "content": "q", "name": "Ann"}, {"role": "assistant", "content": "a<|im_end|>"}]
+    path = write_lines(
+        tmp_path / "a.jsonl", [{"messages": turns}, {"messages": [{**turns[0], "name": None}, turns[1]]}]
+    )
+    report = prepare([spec(path)], renderer, max_length=64).report
+    key, markup = "key `name` of a message is not shown by the chat template", "a content spells special tokens"
+    assert f"WARNING: 1 example: {key} (first: {path}:1)" in str(report)
+    assert f"WARNING: 2 examples: {markup}" in str(report)
+    with pytest.raises(ValueError, match=rf"`strict_data` is true[^\n]*\n{path}: 2 examples: {markup}.*\n{path}: 1 ex"):
+        prepare([spec(path)], renderer, max_length=64, strict_data=True)
+    plain = write_lines(tmp_path / "b.jsonl", [{"prompt": "q", "completion": "a"}])
+    assert prepare([spec(plain)], renderer, max_length=64, strict_data=True).report.train == 1
+
+
+def test_many_examples_that_are_too_long_are_a_warning(write, renderer):
+    path = write("a.jsonl", *[(f"q{i}", "a" * (1 if i < 8 else 90)) for i in range(20)])
+    text = str(prepare([spec(path)], renderer, max_length=64).report)
+    assert "WARNING: 12 of 20 examples are longer than `max_length` and were dropped" in text
+    few = write("b.jsonl", *[(f"q{i}", "a" * (1 if i < 19 else 90)) for i in range(20)])
+    assert "WARNING" not in str(prepare([spec(few)], renderer, max_length=64).report)
+
+
+@pytest.mark.parametrize("kind", ["conversation", "completion", "text"])
+def test_an_example_of_millions_of_characters_is_one_that_is_too_long(byte_tokenizer, tmp_path, kind, monkeypatch):
+    for module in ("chat", "turns"):
+        monkeypatch.setattr(f"jaxft.data.{module}.OUTPUT_LIMIT", 2000)
+    long = {"prompt": "q", "completion": "a" * 3000} if kind != "text" else {"text": "a" * 3000}
+    short = {"prompt": "q", "completion": "a"} if kind != "text" else {"text": "a"}
+    renderer = Renderer(byte_tokenizer, "chatml" if kind == "conversation" else None)
+    path = write_lines(tmp_path / "a.jsonl", [short, long])
+    for strategy in ("drop", "truncate"):
+        source = prepare([spec(path)], renderer, max_length=64, excess_length_strategy=strategy).report.sources[0]
+        assert (source.kept, source.too_long, source.truncated) == (1, 1, 0)
+    with pytest.raises(ValueError, match=rf"{path}:2: more than 2000 characters, but `max_length` is 64"):
+        prepare([spec(path)], renderer, max_length=64, excess_length_strategy="raise")
+
+
+def test_the_last_answer_alone(renderer, tmp_path):
+    turns = [{"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a")) * 2]
+    turns[3]["content"] = "b"
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": turns}])
+    assert prepare([spec(path)], renderer, max_length=64).report.train_supervised == 4  # each answer with its end
+    assert answers(prepare([spec(path)], renderer, max_length=64, mask_history=True).train[0]) == ["b"]
