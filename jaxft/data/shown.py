@@ -42,7 +42,7 @@ def content_events(message: Message, shown: str, located: bool) -> Iterator[Even
     pieces = _THOUGHT.split(message.content)
     for k in range(0, len(pieces), 2):
         piece = pieces[k].strip()
-        if not piece or piece in shown:
+        if not piece or _says(shown, piece):
             continue
         if message.role == "assistant" and k + 1 < len(pieces) and pieces[k + 1].startswith("</"):
             yield REASONING_LOST if message.supervised else REASONING_LEFT_OUT

@@ -223,6 +223,12 @@ def test_the_form_that_a_template_takes_is_found(byte_tokenizer, body, shown, co
     assert shown in text(renderer, encoded(renderer, called('{"word": "kelp"}')))
 
 
+def test_a_result_that_a_template_writes_as_json_is_shown(renderer):
+    messages = called({"word": "kelp"})
+    messages[2]["content"] = '{"found": "a \\"plant\\""}\nof the sea'
+    assert lost(renderer("meta-llama-Llama-3.1-8B-Instruct", "llama3_2"), messages, tools=[TOOL]) == []
+
+
 # --- nulls that stand for absent fields ---------------------------------------------------------------------
 
 
