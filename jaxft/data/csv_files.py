@@ -50,6 +50,10 @@ def read_csv(path: Path, shown: str, delimiter: str) -> Iterator[Record | BadRec
 
 
 def _check(header: list[str], origin: str, shown: str, delimiter: str) -> None:
+    if header[0].lstrip().startswith(("{", "[")):
+        raise ValueError(f"{origin}: looks like JSON; let its name end in .jsonl or .json")
+    if header.count("") > 1:
+        raise ValueError(f"{origin}: {header.count('')} columns have no name: {', '.join(header)}; delete or name them")
     if len(set(header)) < len(header):
         raise ValueError(f"{origin}: a column is there twice: {', '.join(header)}")
     if len(header) > 1:

@@ -16,8 +16,9 @@ from jaxft.data.records import BadRecord, Record, Say
 from jaxft.data.strict_json import end_of, parse_at, parse_json, reason
 from jaxft.data.text_files import Utf8, open_text
 
-#: What may stand around a record: blanks, a byte order mark where files were joined, the end-of-file of DOS.
-_AROUND = " \t\r\n\ufeff\x1a"
+#: What may stand around a record: blanks, a byte order mark where files were joined, the end-of-file of DOS, and
+#: the separator of JSON text sequences.
+_AROUND = " \t\r\n\ufeff\x1a\x1e"
 _BLANKS = re.compile(r"[ \t\r\n]*")
 #: Filled lines that are looked at to tell a broken first line from an object over many lines.
 _LOOK_AHEAD = 20
@@ -173,7 +174,8 @@ class _Scan:
         try:
             value, end = parse_at(self._text, start)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{self._shown}:{error.lineno}: {reason(error)}") from None
+            cut = "" if "\n" in self._text[error.pos :] else "; the file ends in this line, so it may be cut off"
+            raise ValueError(f"{self._shown}:{error.lineno}: {reason(error)}{cut}") from None
         except RecursionError as error:
             raise ValueError(f"{self._shown}:{line}: {reason(error)}") from None
         except ValueError as error:

@@ -10,6 +10,7 @@
 Where an object may be read in several ways, it is refused with what to do. What was decided is said.
 """
 
+import shlex
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -125,20 +126,30 @@ def _from_columns(columns: dict[str, list[Parsed]], shown: str, say: Say) -> Ite
 def _from_objects(members: dict[str, Parsed], shown: str, say: Say) -> Iterator[Record | BadRecord]:
     inner = {tuple(parsed.value) for parsed in members.values() if parsed.fault is None}
     rows = next(iter(inner), ())
-    numbered = [str(row) for row in range(len(rows))]
-    if len(inner) == 1 and rows and sorted(rows, key=_number) == numbered and set(members) != set(numbered):
+    if len(inner) == 1 and rows and all(map(str.isdecimal, rows)) and not all(map(str.isdecimal, members)):
         say(f"{shown}: read as columns: {', '.join(members)}")
         columns = {
             key: [Parsed(parsed.line, None if parsed.fault else parsed.value[row], parsed.fault) for row in rows]
             for key, parsed in members.items()
         }
         return _rows(columns, rows, shown)
+    if not any(_is_content(value) for parsed in members.values() for value in (parsed.value or {"": ""}).values()):
+        key = next(iter(members))
+        raise ValueError(
+            f"{shown}: an object of objects that hold only objects and lists of them: the records are deeper; take out "
+            f"what holds them, as with jq '.{key}' {shlex.quote(shown)} > {key}.json"
+        )
     say(f"{shown}: read as records by id, as in {next(iter(members))!r}")
     return (as_record(parsed, f"{shown}[{key}]") for key, parsed in members.items())
 
 
-def _number(key: str) -> int:
-    return int(key) if key.isdecimal() else -1
+def _is_content(value: Any) -> bool:
+    """Whether a value may be one of a record, and not a record or a list of records."""
+    if isinstance(value, list):
+        return (
+            not value or any(not isinstance(part, dict) for part in value) or _are_turns([Parsed(0, p) for p in value])
+        )
+    return not isinstance(value, dict)
 
 
 def _rows(columns: dict[str, list[Parsed]], names: Any, shown: str) -> Iterator[Record | BadRecord]:

@@ -105,6 +105,12 @@ def _read_file(path: Path, shown: str, split: str | None, limit: int | None, say
         return read_parquet(path, shown, limit)
     if kind:
         return read_arrow(path, shown)
+    if path.suffix.lower() == ".tgz" or ".tar" in path.name.lower():
+        raise ValueError(f"{shown}: a tar archive; unpack it")
+    if path.suffix.lower() in PACKED:
+        inside = f"let it end in .jsonl{path.suffix} or .csv{path.suffix}"
+        inside = "unpack it" if _kind(path.with_suffix("")) else f"its name does not say what is in it; {inside}"
+        raise ValueError(f"{shown}: {inside}")
     if what := looks_like(head_of(path)):
         raise ValueError(f"{shown}: {what}")
     if path.suffix.lower() in (".txt", ".text", ".md"):

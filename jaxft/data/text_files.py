@@ -56,6 +56,8 @@ _MAGIC = {
     b"ARROW1\0": "an Arrow file; let its name end in .arrow",
     b"PK\x03\x04": "a zip file; unpack it (if it is an Excel workbook, save the sheet as CSV UTF-8)",
     b"\xd0\xcf\x11\xe0": "a document of an older Excel or Word; save the sheet as CSV UTF-8",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
+    b"Rar!": "a rar archive; unpack it",
     b"%PDF-": "a PDF; write its text as JSON, one object per line",
     b"SQLite format 3\0": "an SQLite database; export the table as CSV or JSON",
     b"\x1f\x8b": "a gzip file; let its name end in .gz, as in data.jsonl.gz",

@@ -36,7 +36,7 @@ def test_lines(tmp_path, suffix, start, line_end):
     assert found.notes == []
 
 
-@pytest.mark.parametrize("end", ["\x1a", "\n\x1a", "\n\x1a\n", "\n\ufeff\n"])
+@pytest.mark.parametrize("end", ["\x1a", "\n\x1e", "\n\x1a", "\n\x1a\n", "\n\ufeff\n"])
 def test_marks_that_programs_leave_are_no_records(tmp_path, end):
     lines = '{"a": 1}\n\ufeff{"a": 2}'  # two files joined, each with its mark
     assert [record.values["a"] for record in read(write(tmp_path / "a.jsonl", lines + end))] == [1, 2]
@@ -114,6 +114,8 @@ def test_bad_records_are_all_named_and_the_others_read(tmp_path, text, bad):
         ("{\n1: 1}", 2, "expected a key in double quotes and ':'"),
         ("{\n'a': 1}", 2, "JSON has double quotes"),
         ('{"a": ' * 3000, 1, "too deeply nested|Expecting"),
+        ('[{"a": 1},\n{"a": "x', 2, "Unterminated string.*may be cut off$"),
+        ('{"data": [{"a": 1},\n{"a": 2', 2, "may be cut off$"),
         (b'{"a": "ok"}\n{"a": "\xff"}', 2, "not UTF-8 .byte 0xff."),
     ],
 )

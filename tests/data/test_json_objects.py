@@ -65,13 +65,18 @@ def test_records_by_id_may_differ_in_their_keys(tmp_path):
     [
         {key: [row[key] for row in ROWS] for key in ROWS[0]},
         {key: {str(i): row[key] for i, row in enumerate(ROWS)} for key in ROWS[0]},
+        {key: {str(i): row[key] for i, row in zip((17, 0, 4), ROWS, strict=True)} for key in ROWS[0]},
     ],
-    ids=["lists", "objects"],
+    ids=["lists", "objects", "objects of chosen rows"],
 )
 def test_columns(tmp_path, columns):
     path = write(tmp_path, columns)
     found = read(path)
-    assert [(record.values, record.origin) for record in found] == [(row, f"{path}[{i}]") for i, row in enumerate(ROWS)]
+    first = columns["prompt"]
+    names = first if isinstance(first, dict) else range(3)
+    assert [(record.values, record.origin) for record in found] == [
+        (row, f"{path}[{name}]") for name, row in zip(names, ROWS, strict=True)
+    ]
     assert found.notes == [f"{path}: read as columns: prompt, completion"]
 
 
@@ -116,6 +121,11 @@ def test_one_record(tmp_path, record, indent):
         ({"text": "t", "data": ROWS}, r"\(it has text\), put \[ and \] around it"),
         ({"prompt": ["a", "b"], "completion": ["c"]}, "different lengths: prompt has 2, completion has 1"),
         ({"columns": ["a"], "index": [0], "data": [["x"]]}, "orient='split'; write it with orient='records'"),
+        (
+            {"train": {"1": ROWS[0]}, "test": {"2": ROWS[1]}},
+            r"the records are deeper; .* jq '\.train' \S*data.json > train.json",
+        ),
+        ({"data": {"train": ROWS, "test": ROWS}}, r"the records are deeper; .* jq '\.data'"),
         ({"train": [], "test": ROWS}, "there are no records in it"),
     ],
 )

@@ -144,7 +144,10 @@ def test_an_empty_directory(tmp_path):
         ("a.txt", '{"a": 1}\n{"a": 2}', r"looks like JSON; let its name end in \.jsonl"),
         ("noname", ' \n[{"a": 1}]', "looks like JSON"),
         ("a.yaml", "a: 1", r"unknown kind of file; a source ends in one of \.jsonl, .*\.parquet.*packed \(\.gz"),
-        ("a.gz", gzip.compress(b'{"a": 1}'), "a gzip file; let its name end in .gz, as in data.jsonl.gz"),
+        ("a.gz", gzip.compress(b'{"a": 1}'), "its name does not say what is in it; let it end in .jsonl.gz or .csv.gz"),
+        ("a.parquet.gz", gzip.compress(b"PAR1"), "unpack it"),
+        ("a.tar.gz", gzip.compress(b"a"), "a tar archive; unpack it"),
+        ("a.TGZ", gzip.compress(b"a"), "a tar archive; unpack it"),
     ],
 )
 def test_kinds_of_files_that_are_not_read(tmp_path, name, data, reason):

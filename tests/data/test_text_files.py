@@ -78,6 +78,7 @@ def test_packed_files(tmp_path, suffix, pack):
         (b"<?xml version='1.0'?>", "XML"),
         (packed_zip(), "a zip file; unpack it .if it is an Excel workbook, save the sheet as CSV"),
         (packed_tar(), "a tar archive; unpack it"),
+        (b"7z\xbc\xaf'\x1c\0\4", "a 7z archive; unpack it"),
         (b"%PDF-1.7", "a PDF"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an older Excel"),
         (b"SQLite format 3\0", "an SQLite database"),
