@@ -30,7 +30,7 @@ def read_parquet(path: Path, shown: str, limit: int | None) -> Iterator[Record |
     _refuse_impostor(path, shown, b"PAR1", "Parquet")
     row = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
             for record in read_batches(file.iter_batches(min(limit or BATCH, BATCH)), file.schema_arrow, shown):
                 row += 1
                 yield record

@@ -5,7 +5,6 @@ surrogate pair (`\\ud83d` alone), which is no character and cannot be tokenized.
 """
 
 import json
-import re
 from typing import Any
 
 BLANK = " \t\r\n"
@@ -31,7 +30,7 @@ def parse_at(text: str, position: int) -> tuple[Any, int]:
         ValueError: the syntax is right; what it says is not.
     """
     value, end = _STRICT.raw_decode(text, position)
-    if _SURROGATE.search(text, position, end):
+    if any(text.find(half, position, end) >= 0 for half in ("\\ud", "\\uD")):
         _refuse_half_pairs(value)
     return value, end
 
@@ -73,6 +72,5 @@ def _refuse_half_pairs(value: Any) -> None:
         raise ValueError(f"\\u{ord(half):04x} is half of a surrogate pair, not a character") from None
 
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 _TOLERANT = json.JSONDecoder()

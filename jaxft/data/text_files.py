@@ -157,11 +157,13 @@ class Utf8:
         """Why `text`, as `open_text` gives it, is not text; None if it is."""
         if text.isascii():
             return None
-        stray = _STRAY.search(text)
-        if stray is None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = f"not UTF-8 (byte 0x{ord(text[error.start]) - 0xDC00:02x})"
+        else:
             self._sound = True
             return None
-        found = f"not UTF-8 (byte 0x{ord(stray[0]) - 0xDC00:02x})"
         if self._sound or self._first:
             return found
         found = f"{found}; {_advice(text.encode('utf-8', 'surrogateescape'), self._shown)}"
@@ -174,7 +176,6 @@ class Utf8:
             raise ValueError(self._first)
 
 
-_STRAY = re.compile("[\udc80-\udcff]")
 _WESTERN = frozenset([0x80, 0x85, *range(0x91, 0x98), 0x99, *range(0xA0, 0x100)])
 
 
