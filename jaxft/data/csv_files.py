@@ -43,7 +43,8 @@ def read_csv(path: Path, shown: str, delimiter: str) -> Iterator[Record | BadRec
                 else:
                     yield Record(dict(zip(header, row, strict=True)), origin)
         except csv.Error as error:
-            raise ValueError(f"{shown}:{line}: {error}") from None
+            advice = "a quoted field does not end as it should; write a quote inside of one twice"
+            raise ValueError(f"{shown}:{line}: {error}: {advice}") from None
         if not header:
             raise ValueError(f"{shown}: the file is empty")
     utf8.finish()

@@ -19,6 +19,7 @@ from jaxft.data.text_files import Utf8, open_text
 #: What may stand around a record: blanks, a byte order mark where files were joined, the end-of-file of DOS, and
 #: the separator of JSON text sequences.
 _AROUND = " \t\r\n\ufeff\x1a\x1e"
+_LINES = re.compile(r"\.(jsonl|ndjson)(\.\w+)?$", re.I)
 _BLANKS = re.compile(r"[ \t\r\n]*")
 #: Filled lines that are looked at to tell a broken first line from an object over many lines.
 _LOOK_AHEAD = 20
@@ -47,7 +48,8 @@ def read_json(path: Path, shown: str, split: str | None, say: Say) -> Iterator[R
             else:
                 start, members = scan.line, scan.members()
                 scan.end("object")
-                yield from records_of(members, shown, start, split, say)
+                is_line = scan.line == start and _LINES.search(shown) is not None
+                yield from records_of(members, shown, start, is_line, split, say)
         else:
             _refuse_split(shown, split)
             yield from _read_lines(chain(ahead, lines), shown, utf8)

@@ -5,7 +5,7 @@
     {"id 1": {...}, "id 2": {...}}                    records by id
     {"prompt": ["a", "b"], "completion": ["c", "d"]}  columns as lists, or as pandas writes them, as
     {"prompt": {"0": "a", "1": "b"}, ...}             objects of rows
-    {"messages": [{"role": ..., ...}, ...]}           one record
+    {"messages": [{"role": ..., ...}, ...]}           one record, as is anything else
 
 Where an object may be read in several ways, it is refused with what to do. What was decided is said.
 """
@@ -31,8 +31,12 @@ Members = dict[str, Parsed | list[Parsed]]
 _OF_A_RECORD = ("tools", "functions", "images", "documents")
 #: Text under these names makes an object a record.
 _TEXTS = ("text", "prompt", "completion", "instruction", "input", "output", "question", "answer", "query", "response")
-#: Keys of a turn in a list of turns.
+#: Keys of a turn: under any name of a list, and under the names of lists of turns.
 _TURNS = ({"role"}, {"from", "value"}, {"speaker", "text"})
+_LISTS_OF_TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat", "history")
+_SPEAKERS = {"author", "sender", "speaker", "from", "user", "name", "type"}
+_SPEECH = {"content", "value", "text", "message", "parts"}
+_HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")
 _KINDS = {list: "an array", str: "a string", bool: "true or false", int: "a number", float: "a number"}
 
 
@@ -45,27 +49,33 @@ def as_record(parsed: Parsed, origin: str) -> Record | BadRecord:
     return Record(parsed.value, origin)
 
 
-def records_of(members: Members, shown: str, line: int, split: str | None, say: Say) -> Iterator[Record | BadRecord]:
+def records_of(
+    members: Members, shown: str, line: int, is_line: bool, split: str | None, say: Say
+) -> Iterator[Record | BadRecord]:
     """The records in an object.
 
     Args:
         members: of the object that a file holds.
         shown: name of the file.
         line: where the object begins.
+        is_line: the object is the one line of a file that should be JSON lines by its name: a record, where that is
+            likelier.
         split: key of the list to read; None = "train", or the only one.
         say: takes what was decided.
     """
     lists = {key: value for key, value in members.items() if _holds_records(key, value)}
     if isinstance(members.get(split or "train"), list):
         return _under(split or "train", members, shown, say)
-    if split not in (None, "train"):
+    if split not in (None, "train") or (split and any(key.lower() in _HELD_OUT for key in lists)):
         there = f"; there are: {', '.join(lists)}" if lists else "; remove `split`, or name the file of that split"
         raise ValueError(f"{shown}: a file has no split {split!r}{there}")
     one = [as_record(Parsed(line, *_joined(members)), f"{shown}:{line}")]
-    if any(_are_turns(value) for value in members.values()):
+    texts = [key for key in members if key.lower() in _TEXTS and key not in lists]
+    if is_line and (texts or not lists):
+        return iter(one)
+    if any(_are_turns(key, value) for key, value in members.items()):
         return iter(one)
     if lists:
-        texts = [key for key in members if key.lower() in _TEXTS and key not in lists]
         if len(lists) > 1 or texts:
             sizes = ", ".join(f"{key} ({len(value)})" for key, value in lists.items())
             or_one = f"; if the file is one record (it has {', '.join(texts)}), put [ and ] around it" if texts else ""
@@ -86,15 +96,20 @@ def records_of(members: Members, shown: str, line: int, split: str | None, say: 
 
 
 def _holds_records(key: str, value: Parsed | list[Parsed]) -> bool:
-    if not isinstance(value, list) or key in _OF_A_RECORD or _are_turns(value):
+    if not isinstance(value, list) or key in _OF_A_RECORD or _are_turns(key, value):
         return False
     return any(isinstance(element.value, dict) for element in value)
 
 
-def _are_turns(value: Parsed | list[Parsed]) -> bool:
+def _are_turns(key: str, value: Parsed | list[Parsed]) -> bool:
     if not isinstance(value, list) or not value:
         return False
-    return all(isinstance(part.value, dict) and any(keys <= set(part.value) for keys in _TURNS) for part in value)
+    weak = key.lower() in _LISTS_OF_TURNS
+    return all(isinstance(part.value, dict) and _is_turn(set(part.value), weak) for part in value)
+
+
+def _is_turn(keys: set[str], weak: bool) -> bool:
+    return any(turn <= keys for turn in _TURNS) or bool(weak and keys & _SPEAKERS and keys & _SPEECH)
 
 
 def _is_object(parsed: Parsed) -> bool:
@@ -145,11 +160,10 @@ def _from_objects(members: dict[str, Parsed], shown: str, say: Say) -> Iterator[
 
 def _is_content(value: Any) -> bool:
     """Whether a value may be one of a record, and not a record or a list of records."""
-    if isinstance(value, list):
-        return (
-            not value or any(not isinstance(part, dict) for part in value) or _are_turns([Parsed(0, p) for p in value])
-        )
-    return not isinstance(value, dict)
+    if not isinstance(value, list):
+        return not isinstance(value, dict)
+    objects = [Parsed(0, part) for part in value if isinstance(part, dict)]
+    return len(objects) < max(len(value), 1) or _are_turns("", objects)
 
 
 def _rows(columns: dict[str, list[Parsed]], names: Any, shown: str) -> Iterator[Record | BadRecord]:

@@ -6,6 +6,7 @@ fault of one record comes as a `BadRecord`, a fault of a file is an error.
 """
 
 import glob
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ def read(path: str, *, split: str | None = None, name: str | None = None, max_ex
 
 
 def _open(path: str, split: str | None, name: str | None, limit: int | None, say: Say) -> Iterator[Record | BadRecord]:
-    where = Path(path).expanduser()
+    where = Path(os.path.expanduser(path))
     if name and (where.exists() or glob.has_magic(path)):
         raise ValueError(
             f"{path}: `name` is the subset of a hub dataset, but this is a file or directory; remove `name`"
@@ -123,8 +124,7 @@ def _read_file(path: Path, shown: str, split: str | None, limit: int | None, say
 
 
 def _read_pattern(path: str, split: str | None, limit: int | None, say: Say) -> Iterator[Record | BadRecord]:
-    pattern = str(Path(path).expanduser())
-    matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+    matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(path), recursive=True))]
     files = [match for match in matches if match.is_file()]
     if not files:
         only = f"; it matches directories: {', '.join(map(str, matches[:10]))}" if matches else ""

@@ -44,6 +44,8 @@ def reason(error: ValueError | RecursionError) -> str:
     """An error of these functions, in words."""
     if isinstance(error, RecursionError):
         return "too deeply nested"
+    if "int_max_str_digits" in str(error):
+        return "a number of more digits than can be read"
     if not isinstance(error, json.JSONDecodeError):
         return str(error)
     quoted = error.doc[error.pos : error.pos + 1] == "'"
@@ -73,4 +75,4 @@ def _refuse_half_pairs(value: Any) -> None:
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
-_TOLERANT = json.JSONDecoder()
+_TOLERANT = json.JSONDecoder(parse_int=str, parse_float=str)

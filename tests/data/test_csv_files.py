@@ -50,8 +50,8 @@ def test_rows_of_another_number_of_fields_are_bad_records(tmp_path):
         ("q,q\n1,2\n", 1, "a column is there twice: q, q"),
         ("q,a,,\n1,2,,\n", 1, "2 columns have no name: q, a, , ; delete or name them"),
         ('{"q": 1, "a": 2}\n{"q": 3, "a": 4}\n', 1, "looks like JSON; let its name end in .jsonl"),
-        ('q,a\n"open,2\n', 2, "unexpected end of data"),
-        ('q,a\n1,2\n"x"y,2\n3,4\n', 3, "',' expected after '\"'"),
+        ('q,a\n"open,2\n', 2, "unexpected end of data: a quoted field does not end"),
+        ('q,a\n1,2\n"x"y,2\n3,4\n', 3, "',' expected after '\"': a quoted field does not end"),
     ],
 )
 def test_bad_csv(tmp_path, text, line, reason):

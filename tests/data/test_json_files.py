@@ -74,6 +74,8 @@ def test_an_array_knows_its_lines(tmp_path, indent):
         ),
         ('{"a": 1\n{"a": 2\n{"b": 1}\n{"c": 1}', {1: "Expecting", 2: "Expecting"}),
         ('{"a": 1}\n' + '{"a": ' * 3000, {2: "too deeply nested|Expecting"}),
+        ('{"a": ' + "9" * 5000 + '}\n{"a": 1}', {1: "a number of more digits than can be read"}),
+        ('[{"a": ' + "9" * 5000 + '},\n{"a": 1}]', {1: "a number of more digits than can be read"}),
         ("{'a': 1}\n{\"a\": 1}", {1: "not JSON: .*JSON has double quotes"}),
         (
             b'{"a": "\xc3\xb6"}\n{"a": "\xff"}\n{"a": "cut \xe4\xb8"}',

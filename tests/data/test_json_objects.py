@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -98,6 +99,8 @@ def test_columns_of_conversations(tmp_path):
         {"instruction": "a", "output": "b", "history": [["c", "d"]]},
         {"prompt": "a", "completion": "b", "tools": [{"type": "function"}]},
         {"text": "a", "meta": {"b": 1}},
+        {"messages": [{"author": "a", "text": "hi"}, {"author": "b", "text": "hello"}]},
+        {"dialogue": [{"speaker": "a", "content": "hi"}], "chat": [{"user": "b", "message": "hi"}]},
     ],
 )
 @pytest.mark.parametrize("indent", [None, 2])
@@ -106,6 +109,37 @@ def test_one_record(tmp_path, record, indent):
     found = read(path)
     assert (found[0].values, found[0].origin, len(found)) == (record, f"{path}:1", 1)
     assert found.notes == []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "A.NDJSON", "a.jsonl.gz"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "q", "answer": "a", "contexts": [{"title": "t"}]},
+        {"text": "t", "entities": [{"start": 0}], "relations": [{"of": 1}]},
+        {"translation": {"en": "a", "de": "b"}},
+        {"prompt": {"0": "a"}, "completion": {"0": "b"}},
+        {"prompt": ["a"], "completion": ["b"]},
+    ],
+)
+def test_a_line_is_a_record_where_the_name_says_lines(tmp_path, name, record):
+    data = json.dumps(record).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    found = read(str(tmp_path / name))
+    assert [entry.values for entry in found] == [record]
+    assert found.notes == []
+
+
+def test_a_line_that_is_a_list_of_records_is_read_as_one(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"data": ROWS, "n": 3}))
+    assert [record.values for record in read(str(tmp_path / "a.jsonl"))] == ROWS
+
+
+def test_a_held_out_list_is_not_what_was_asked_for_as_train(tmp_path):
+    path = write(tmp_path, {"Test": ROWS})
+    assert read(path).notes == [f"{path}: read the list under `Test`"]
+    with pytest.raises(ValueError, match=r"a file has no split 'train'; there are: Test"):
+        read(path, split="train")
 
 
 @pytest.mark.parametrize(

@@ -160,8 +160,9 @@ def test_paths_that_lead_nowhere(tmp_path, monkeypatch):
         read("gone.jsonl")
     with pytest.raises(ValueError, match=r"gone\.CSV\.gz: no such file"):
         read("data/gone.CSV.gz")
-    with pytest.raises(ValueError, match=r"~/gone: no such file"):
-        read("~/gone")
+    for path in ("~/gone", "~nobody-here/gone"):
+        with pytest.raises(ValueError, match=rf"{path}: no such file"):
+            read(path)
     for address in ("s3://bucket/a.jsonl", "https://host/a.parquet", "hf://datasets/org/name"):
         with pytest.raises(ValueError, match=rf"{address}: addresses are not read; download the file"):
             read(address)
