@@ -148,11 +148,12 @@ def _from_objects(members: dict[str, Parsed], shown: str, say: Say) -> Iterator[
             for key, parsed in members.items()
         }
         return _rows(columns, rows, shown)
-    if not any(_is_content(value) for parsed in members.values() for value in (parsed.value or {"": ""}).values()):
+    values = [value for parsed in members.values() for value in (parsed.value or {"": ""}).values()]
+    if not any(map(_is_content, values)) or all(key.lower() in ("train", *_HELD_OUT) for key in members):
         key = next(iter(members))
         raise ValueError(
-            f"{shown}: an object of objects that hold only objects and lists of them: the records are deeper; take out "
-            f"what holds them, as with jq '.{key}' {shlex.quote(shown)} > {key}.json"
+            f"{shown}: an object of objects, and the records are deeper; take out what holds them, as with "
+            f"jq '.{key}' {shlex.quote(shown)} > {key}.json"
         )
     say(f"{shown}: read as records by id, as in {next(iter(members))!r}")
     return (as_record(parsed, f"{shown}[{key}]") for key, parsed in members.items())

@@ -159,6 +159,7 @@ def test_a_held_out_list_is_not_what_was_asked_for_as_train(tmp_path):
             {"train": {"1": ROWS[0]}, "test": {"2": ROWS[1]}},
             r"the records are deeper; .* jq '\.train' \S*data.json > train.json",
         ),
+        ({"train": {"prompt": ["a"], "completion": ["b"]}}, r"the records are deeper; .* jq '\.train'"),
         ({"data": {"train": ROWS, "test": ROWS}}, r"the records are deeper; .* jq '\.data'"),
         ({"train": [], "test": ROWS}, "there are no records in it"),
     ],
