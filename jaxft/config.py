@@ -92,11 +92,13 @@ class _Section(BaseModel):
 class DatasetConfig(_Section):
     """One source of examples. A bare string stands for `{path: string}`."""
 
-    path: str = Field(description="A file or directory, relative to the current directory, or a hub dataset.")
+    path: str = Field(description="A file, a pattern of files (data/*.jsonl), a saved directory, or a hub dataset.")
     type: Literal["messages", "sharegpt", "alpaca", "completion", "text"] | None = Field(
         None, description="Format of the examples; null = detect it and say what was found."
     )
-    split: str | None = Field(None, description="Split of a hub dataset; null = train.")
+    split: str | None = Field(
+        None, description="Split of a hub or saved dataset, or list in a JSON object; null = train."
+    )
     name: str | None = Field(None, description="Subset (configuration) of a hub dataset.")
     weight: PositiveFloat | None = Field(None, description="Sampling weight, relative to the other sources.")
     columns: dict[str, str] = Field(

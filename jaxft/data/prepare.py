@@ -243,6 +243,7 @@ def _load(
     flat = TokenizedSet.of(tokens)
     counts = (len(records), too_long, truncated, nothing, len(kept))
     sums = (len(flat.tokens), int(flat.loss_mask.sum()), longest)
+    format = "; ".join([format, *records.notes])
     report = SourceReport(dataset.path, format, *counts, *sums, len(bad), tuple(bad[:_SHOWN]), EventCount.of(happened))
     return _Loaded(kept, flat, bad, report)
 

@@ -282,3 +282,13 @@ def test_the_last_answer_alone(renderer, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"messages": turns}])
     assert prepare([spec(path)], renderer, max_length=64).report.train_supervised == 4  # each answer with its end
     assert answers(prepare([spec(path)], renderer, max_length=64, mask_history=True).train[0]) == ["b"]
+
+
+def test_a_record_that_cannot_be_read_ends_the_run_and_what_a_reader_decided_is_told(tmp_path, renderer):
+    rows = [{"prompt": "q", "completion": "a"}] * 2
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]) + "\n{oops\n" + json.dumps(rows[1]))
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: not JSON: "):
+        prepare([spec(str(tmp_path / "a.jsonl"))], renderer, max_length=100)
+    (tmp_path / "b.json").write_text(json.dumps({"rows": rows, "licence": "none"}))
+    report = prepare([spec(str(tmp_path / "b.json"))], renderer, max_length=100).report
+    assert "b.json: read the list under `rows`; not read: licence\n" in str(report)
