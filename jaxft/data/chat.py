@@ -30,7 +30,7 @@ from jaxft.data import shown
 from jaxft.data.conversations import Conversation, Message
 from jaxft.data.events import RENDERED, WRITTEN_ENDS, Event
 from jaxft.data.formats import Completion, Example, Text
-from jaxft.data.sources import BadRecord
+from jaxft.data.records import BadRecord
 from jaxft.data.template_process import OUTPUT_LIMIT, OutputLimitError, StoppedError
 from jaxft.data.templates import find_template, own_templates
 from jaxft.data.tokenized import Tokenized

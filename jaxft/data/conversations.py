@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxft.data.events import Event, part_key_not_read, role_read_as
-from jaxft.data.nested import listed, parsed, without_nulls
+from jaxft.data.nested import kind, listed, parsed, without_nulls
 from jaxft.data.tool_calls import from_function_call, parse_tool_calls
 
 ROLES = {
@@ -109,7 +109,7 @@ def parse_text(value: Any, what: str) -> str:
     if value is None:
         raise ValueError(f"{what} is missing")
     if not isinstance(value, str):
-        raise ValueError(f"{what} must be text, not {type(value).__name__}")
+        raise ValueError(f"{what} must be text, not {kind(value)}")
     if not value.strip():
         raise ValueError(f"{what} is empty")
     try:
@@ -127,7 +127,7 @@ def parse_messages(turns: Any, tools: Sequence[dict] = ()) -> tuple[Message, ...
     """
     turns = listed(turns, "the messages")
     if not isinstance(turns, list):
-        raise ValueError(f"the messages must be a list, not {type(turns).__name__}")
+        raise ValueError(f"the messages must be a list, not {kind(turns)}")
     if not turns:
         raise ValueError("the list of messages is empty")
     messages: list[Message] = []
@@ -170,7 +170,7 @@ def with_last_answer(conversation: Conversation) -> Conversation:
 def _parse_message(turn: Any, calls: int, waiting: list[str], tools: Sequence[dict]) -> Message:
     turn = parsed(turn, "a message")
     if not isinstance(turn, dict):
-        raise ValueError(f"must be an object, not {type(turn).__name__}")
+        raise ValueError(f"must be an object, not {kind(turn)}")
     turn = {key: value for key, value in turn.items() if value is not None}
     role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
     if turn.get(role_key) is None:
@@ -258,11 +258,11 @@ def _join_parts(parts: list) -> tuple[str, list[str]]:
     """The text of all parts, and keys of theirs that are not read."""
     texts, unread = [], []
     for part in parts:
-        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        if kind in ("thinking", "reasoning", "redacted_thinking"):
-            raise ValueError(f"content of type {kind!r} cannot be learned yet; remove such parts, or the example")
-        if kind not in _TEXT_PARTS:
-            raise ValueError(f"content of type {kind!r} is not supported; only parts of type 'text' are")
+        type_ = part.get("type", "text") if isinstance(part, dict) else kind(part)
+        if type_ in ("thinking", "reasoning", "redacted_thinking"):
+            raise ValueError(f"content of type {type_!r} cannot be learned yet; remove such parts, or the example")
+        if type_ not in _TEXT_PARTS:
+            raise ValueError(f"content of type {type_!r} is not supported; only parts of type 'text' are")
         texts.append(parse_text(part.get("text", part.get("value")), "the text of a content part"))
         unread += [key for key, value in part.items() if key not in ("type", "text", "value") and value]
     return "".join(texts), unread

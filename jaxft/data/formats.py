@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from jaxft.data.conversations import Conversation, Message, parse_messages, parse_text
 from jaxft.data.events import FILLED_NULLS, Event
-from jaxft.data.sources import BadRecord, Record
+from jaxft.data.records import BadRecord, Record
 from jaxft.data.tool_calls import parse_tools
 
 

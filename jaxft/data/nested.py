@@ -6,7 +6,7 @@ gives every object all fields that any of them has, and the missing ones are nul
 
 from typing import Any
 
-from jaxft.data.sources import parse_json
+from jaxft.data.strict_json import parse_json, reason
 
 _LITERAL = ("default", "const", "enum", "examples")  # keys of a JSON schema under which null is a value
 
@@ -30,8 +30,8 @@ def parsed(value: Any, what: str) -> Any:
         return value
     try:
         return parse_json(value)
-    except ValueError as error:
-        raise ValueError(f"{what} is text, but not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is text, but {reason(error)}") from None
 
 
 def without_nulls(value: Any) -> Any:
@@ -43,3 +43,10 @@ def without_nulls(value: Any) -> Any:
             if part is not None or key == "const"
         }
     return [without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def kind(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    kinds = {dict: "an object", list: "a list", tuple: "a list", str: "text", bool: "true or false", int: "a number"}
+    kinds |= {float: "a number", bytes: "bytes (store them as text)", type(None): "null"}
+    return kinds.get(type(value), f"a {type(value).__name__}")

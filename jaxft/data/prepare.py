@@ -14,7 +14,8 @@ from jaxft.data.chat import Renderer, TooLong
 from jaxft.data.conversations import Conversation, with_last_answer
 from jaxft.data.events import Event, EventCount
 from jaxft.data.formats import Example, convert
-from jaxft.data.sources import BadRecord, read
+from jaxft.data.records import BadRecord
+from jaxft.data.sources import read
 from jaxft.data.splits import hold_out, identity, refuse_overlap
 from jaxft.data.tokenized import Tokenized, TokenizedSet
 

@@ -19,14 +19,11 @@ from jaxft.data.arrow_files import BATCH, read_arrow, read_batches, read_parquet
 from jaxft.data.csv_files import DELIMITERS, read_csv
 from jaxft.data.json_files import read_json
 from jaxft.data.records import BadRecord, Record, Records, Say
-from jaxft.data.strict_json import parse_json
 from jaxft.data.text_files import PACKED, head_of, looks_like
 from jaxft.redact import redact
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-__all__ = ["BadRecord", "Record", "parse_json", "read"]
 
 _JSON = (".jsonl", ".json", ".ndjson")
 _TEXT = (*_JSON, *DELIMITERS)

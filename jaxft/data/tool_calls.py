@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxft.data.events import FILLED_NULLS, Event, call_key_not_read
-from jaxft.data.nested import listed, parsed, without_nulls
-from jaxft.data.sources import parse_json
+from jaxft.data.nested import kind, listed, parsed, without_nulls
+from jaxft.data.strict_json import parse_json, reason
 
 
 def parse_tools(tools: Any) -> tuple[tuple[dict, ...], tuple[Event, ...]]:
@@ -18,12 +18,12 @@ def parse_tools(tools: Any) -> tuple[tuple[dict, ...], tuple[Event, ...]]:
     if isinstance(tools, dict):
         tools = [tools]
     if not isinstance(tools, list):
-        raise ValueError(f"`tools` must be a list of function schemas, not {type(tools).__name__}")
+        raise ValueError(f"`tools` must be a list of function schemas, not {kind(tools)}")
     found = []
     for tool in tools:
         tool = parsed(tool, "a tool")
         if not isinstance(tool, dict):
-            raise ValueError(f"a tool must be a function schema, not {type(tool).__name__}")
+            raise ValueError(f"a tool must be a function schema, not {kind(tool)}")
         if tool.get("function") is None:
             tool = {"type": "function", "function": {key: tool[key] for key in tool if key not in ("type", "function")}}
         function = parsed(tool["function"], "a tool's function")
@@ -42,8 +42,8 @@ def from_function_call(content: Any) -> list[dict]:
     if isinstance(content, str):
         try:
             content = parse_json(content)
-        except ValueError as error:
-            raise ValueError(f"the function call is not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the function call is {reason(error)}") from None
     called = content if isinstance(content, list) else [content]
     return [call if isinstance(call, dict) and "function" in call else {"function": call} for call in called]
 
@@ -51,7 +51,7 @@ def from_function_call(content: Any) -> list[dict]:
 def parse_tool_calls(tool_calls: Any, before: int, tools: Sequence[dict], events: list[Event]) -> tuple[dict, ...]:
     """OpenAI's form with the arguments as an object. Calls without an id get one of nine letters and digits."""
     if not isinstance(tool_calls, list):
-        raise ValueError(f"`tool_calls` must be a list, not {type(tool_calls).__name__}")
+        raise ValueError(f"`tool_calls` must be a list, not {kind(tool_calls)}")
     found: list[dict] = []
     for call in tool_calls:
         call = parsed(call, "a tool call")
@@ -65,8 +65,8 @@ def parse_tool_calls(tool_calls: Any, before: int, tools: Sequence[dict], events
         if isinstance(arguments, str):
             try:
                 arguments = parse_json(arguments)
-            except ValueError as error:
-                raise ValueError(f"the arguments of {name} are not JSON: {error}") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"the arguments of {name} are {reason(error)}") from None
         if not isinstance(arguments, dict):
             raise ValueError(f"the arguments of {name} must be an object")
         known = _parameters(name, tools)

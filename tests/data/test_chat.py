@@ -11,7 +11,8 @@ from tokenizers import AddedToken
 from jaxft.data.chat import Encoded, Renderer, load_tokenizer
 from jaxft.data.conversations import Conversation, parse_messages
 from jaxft.data.formats import Completion, Text, convert
-from jaxft.data.sources import BadRecord, read
+from jaxft.data.records import BadRecord
+from jaxft.data.sources import read
 from jaxft.data.templates import CHATML
 from jaxft.data.tokenized import Tokenized
 

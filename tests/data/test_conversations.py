@@ -112,7 +112,7 @@ def test_lists_as_files_store_them():
         assert parse_messages(given) == expected
     for bad, reason in [
         ("[{]", "is text, but not JSON"),
-        ({"role": ["user"], "content": []}, "must be a list, not dict"),
+        ({"role": ["user"], "content": []}, "must be a list, not an object"),
     ]:
         with pytest.raises(ValueError, match=f"the messages {reason}"):
             parse_messages(bad)
@@ -128,9 +128,9 @@ def test_only_the_last_answer_is_learned():
     "given, reason",
     [
         ([], "the list of messages is empty"),
-        ("text", "must be a list, not str"),
-        (None, "must be a list, not NoneType"),
-        (["hi"], "message 1: must be an object, not str"),
+        ("text", "must be a list, not text"),
+        (None, "must be a list, not null"),
+        (["hi"], "message 1: must be an object, not text"),
         ([{"content": "q"}], "message 1: no `role` .nor `from`.; there are: content"),
         (turns(("moderator", "q")), "message 1: unknown role 'moderator'; known roles: system"),
         (turns((7, "q")), "message 1: unknown role 7"),
@@ -140,7 +140,7 @@ def test_only_the_last_answer_is_learned():
             turns(("user", "q"), ("assistant", " \n")),
             "message 2: `content` of the assistant message is empty",
         ),
-        (turns(("user", 5)), "message 1: .* must be text, not int"),
+        (turns(("user", 5)), "message 1: .* must be text, not a number"),
         (turns(("user", "\ud800")), "message 1: .* half of a surrogate pair"),
         (turns(("user", [{"type": "image_url"}])), "content of type 'image_url' is not supported"),
         (turns(("user", [{"type": "text"}])), "the text of a content part is missing"),

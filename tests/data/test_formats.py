@@ -2,7 +2,8 @@ import pytest
 
 from jaxft.data.conversations import Conversation, Message
 from jaxft.data.formats import Completion, FormatError, Text, convert
-from jaxft.data.sources import BadRecord, Record, read
+from jaxft.data.records import BadRecord, Record
+from jaxft.data.sources import read
 
 
 def records(*values: dict) -> list[Record]:
@@ -121,7 +122,7 @@ def test_columns():
         ({"messages": TURNS, "label": False}, {}, "preference data .by label."),
         ({"messages": TURNS, "images": ["x.png"]}, {}, "`images` is not supported"),
         ({"prompt": "q", "completion": None}, {}, "`completion` is missing"),
-        ({"prompt": "q", "completion": 3}, {}, "`completion` must be text, not int"),
+        ({"prompt": "q", "completion": 3}, {}, "`completion` must be text, not a number"),
         ({"prompt": "", "completion": "a"}, {}, "`prompt` is empty"),
         ({"instruction": "", "input": None, "output": "a"}, {}, "`instruction` is empty"),
         ({"instruction": "q", "output": ""}, {}, "`output` is empty"),

@@ -8,7 +8,7 @@ import pytest
 from jaxft.data.chat import Encoded, Renderer
 from jaxft.data.events import FOREIGN_MARKUP, MARKUP_SPELT, RENDERED, WRITTEN_ENDS
 from jaxft.data.formats import Completion, Text, convert
-from jaxft.data.sources import Record
+from jaxft.data.records import Record
 from tests.data.test_chat import TEMPLATES
 
 TALK = [

@@ -7,7 +7,7 @@ import pytest
 from jaxft.data.chat import Encoded, Renderer
 from jaxft.data.events import EventCount
 from jaxft.data.formats import convert
-from jaxft.data.sources import Record
+from jaxft.data.records import Record
 
 CALL_ID = "call_Zq8xWv7tRs6nPm5kJh4gF01"  # 24 characters and more, as OpenAI's API gives them
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

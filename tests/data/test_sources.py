@@ -7,7 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jaxft.data.sources import parse_json, read
+from jaxft.data.sources import read
+from jaxft.data.strict_json import parse_json
 
 
 def write(path: Path, text: str | bytes) -> str:
