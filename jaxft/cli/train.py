@@ -37,9 +37,11 @@ from jaxft.sharding.mesh import batch_ways
 from jaxft.training.account import NonFiniteLossError
 from jaxft.training.checkpoint import Checkpoints, state_digest
 from jaxft.training.inputs import Inputs, gather
-from jaxft.training.logging import MetricsLog, Progress, open_sinks, read_metrics
-from jaxft.training.loop import PREEMPTED, Outcome, Preempted, fit, start
-from jaxft.training.run_directory import RunDirectory, check_vacant, open_run, versions
+from jaxft.training.logging import MetricsLog, Progress, check_trackers, open_sinks, read_metrics
+from jaxft.training.loop import PREEMPTED, Outcome, Preempted, Start, fit, start
+from jaxft.training.optimizer import learning_rate_schedule
+from jaxft.training.run_directory import RunDirectory, check_same, check_vacant, open_run
+from jaxft.training.same_run import versions
 
 SHOWN_PROMPTS = 5
 
@@ -77,10 +79,13 @@ def run(config: Config, console: Console) -> TrainResult:
     """`train` for a checked config; what happens is told on `console`."""
     say = console.print
     hosts.agree({**versions(), **config.model_dump(mode="json")})
-    again = hosts.is_writer() and (config.resume_from_checkpoint or nothing_to_lose(Path(config.output_dir)))
+    again = hosts.is_writer() and is_begun(config)
     if hosts.is_writer():
         check_vacant(config.output_dir, again)
+        check_trackers(config.report_to)
     inputs = gather(config)
+    if again:
+        check_length(config.output_dir, inputs.total_steps)
     hosts.agree(inputs.fingerprints)
     say(str(inputs.data.report))
     counts = count_parameters(inputs.describe(), inputs.recipe.trained_type)
@@ -97,6 +102,9 @@ def run(config: Config, console: Console) -> TrainResult:
             if directory.resumed:
                 directory.truncate_metrics(begin.step)
                 say(f"resumed at step {begin.step}")
+                if (before_it := directory.record.get("updates", inputs.total_steps)) != inputs.total_steps:
+                    say(describe_length(inputs, begin, before_it))
+            directory.write_run({"updates": inputs.total_steps})
             with (
                 _metrics_log(directory, config) as log,
                 Progress(inputs.total_steps, begin.step, console) as progress,
@@ -140,8 +148,18 @@ def run(config: Config, console: Console) -> TrainResult:
 
 
 def dry_run(config: Config, console: Console) -> None:
-    """Print what a run would do: config, data, parameters, one example, effective batch. Writes nothing."""
+    """Print what a run would do: config, data, parameters, one example, effective batch. Writes nothing.
+
+    What would refuse the run refuses this.
+    """
+    again = hosts.is_writer() and is_begun(config)
+    if hosts.is_writer():
+        check_vacant(config.output_dir, again)
+        check_trackers(config.report_to)
     inputs = gather(config)
+    if again:
+        check_length(config.output_dir, inputs.total_steps)
+        check_same(config.output_dir, again, config.to_yaml(), inputs.fingerprints)
     console.print(config.to_yaml())
     console.print(str(inputs.data.report))
     console.print(describe_parameters(count_parameters(inputs.describe(), inputs.recipe.trained_type)))
@@ -150,14 +168,52 @@ def dry_run(config: Config, console: Console) -> None:
     console.print("\n" + describe_batch(inputs))
 
 
+def is_begun(config: Config) -> bool:
+    """Whether the run may use a directory in which there is a run already."""
+    return config.resume_from_checkpoint or nothing_to_lose(Path(config.output_dir))
+
+
 def nothing_to_lose(output_dir: Path) -> bool:
     """An earlier attempt failed there before it logged an update: it may be started over, with any config."""
     metrics = output_dir / "metrics.jsonl"
+    results = (output_dir / "adapter", output_dir / "model")
     return (
         (output_dir / "run.json").exists()
+        and not any(result.exists() for result in results)
         and not any((output_dir / "checkpoints").glob("[0-9]*"))
         and not (metrics.exists() and any(record["step"] for record in read_metrics(metrics)))
     )
+
+
+def check_length(output_dir: str, total_steps: int) -> None:
+    """Refuse a run that is to end before the step at which it already is.
+
+    Raises:
+        ValueError: says how many updates are done.
+    """
+    done = max(
+        (int(path.name) for path in Path(output_dir, "checkpoints").glob("[0-9]*") if path.name.isdigit()), default=0
+    )
+    if done > total_steps:
+        raise ValueError(
+            f"output_dir {output_dir}: {done} updates are done there, and the run is to have {total_steps} now; "
+            f"set max_steps to {done} or more, or num_train_epochs to as much"
+        )
+
+
+def describe_length(inputs: Inputs, begin: Start, updates_before: int) -> str:
+    """What another number of updates makes of the learning rate."""
+    done = begin.step - int(begin.state.skipped)
+    before, now = (learning_rate_schedule(inputs.config, updates) for updates in (updates_before, inputs.total_steps))
+    next_rate, otherwise = float(now(done)), float(before(done))
+    last_rate = float(now(max(inputs.total_steps - 1, done)))
+    lines = [
+        f"{inputs.total_steps} updates instead of {updates_before}: the learning rate is {next_rate:.3g} at step "
+        f"{begin.step + 1} (it would have been {otherwise:.3g}) and {last_rate:.3g} at the last"
+    ]
+    if begin.books.stopped_early:
+        lines.append("the run has stopped early (early_stopping_patience): there are no more updates")
+    return "\n".join(lines)
 
 
 def describe_parameters(counts: Sequence[ParameterCount]) -> str:
