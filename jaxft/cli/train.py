@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
@@ -35,15 +36,18 @@ from jaxft.platform import prepare
 from jaxft.sharding import hosts
 from jaxft.sharding.mesh import batch_ways
 from jaxft.training.account import NonFiniteLossError
-from jaxft.training.checkpoint import Checkpoints, state_digest
+from jaxft.training.checkpoint import Checkpoints
 from jaxft.training.inputs import Inputs, gather
 from jaxft.training.logging import MetricsLog, Progress, check_trackers, open_sinks, read_metrics
 from jaxft.training.loop import PREEMPTED, Outcome, Preempted, Start, fit, start
 from jaxft.training.optimizer import learning_rate_schedule
 from jaxft.training.run_directory import RunDirectory, check_same, check_vacant, open_run
 from jaxft.training.same_run import versions
+from jaxft.training.stopping import leaving
 
 SHOWN_PROMPTS = 5
+
+_RESUMABLE = " before the first update or after the last; resume with resume_from_checkpoint=true"
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,12 @@ def train(config: str | Path | Mapping[str, Any], **overrides: Any) -> TrainResu
         return run(load_config(config, words), _plain_console())
 
 
-def run(config: Config, console: Console) -> TrainResult:
-    """`train` for a checked config; what happens is told on `console`."""
+def run(config: Config, console: Console, idle: AbstractContextManager[None] | None = None) -> TrainResult:
+    """`train` for a checked config; what happens is told on `console`.
+
+    Args:
+        idle: entered when the first update is near; it is on top before that update and after the last.
+    """
     say = console.print
     hosts.agree({**versions(), **config.model_dump(mode="json")})
     again = hosts.is_writer() and is_begun(config)
@@ -91,7 +99,8 @@ def run(config: Config, console: Console) -> TrainResult:
     counts = count_parameters(inputs.describe(), inputs.recipe.trained_type)
     say(describe_parameters(counts))
     say(describe_batch(inputs))
-    with open_run(config.output_dir, again, config.to_yaml(), inputs.fingerprints) as directory:
+    with ExitStack() as ending:
+        directory = ending.enter_context(open_run(config.output_dir, again, config.to_yaml(), inputs.fingerprints))
         model = inputs.load()
         count = max(config.exact_match_samples, SHOWN_PROMPTS)
         asked = questions(inputs.data.eval_examples, inputs.renderer, count, model.config.rope.max_positions)
@@ -109,6 +118,7 @@ def run(config: Config, console: Console) -> TrainResult:
                 _metrics_log(directory, config) as log,
                 Progress(inputs.total_steps, begin.step, console) as progress,
             ):
+                ending.enter_context(idle or nullcontext())
                 outcome = fit(inputs, begin, checkpoints, log, progress)
         exported = _export(outcome, inputs, directory)
         say(f"wrote {exported} (step {outcome.exported_step})")
@@ -247,18 +257,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the config")
     parsed = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
-    try:
-        return exit_code(partial(_obey, parsed))
-    except KeyboardInterrupt:  # outside the training loop, which saves and is `Preempted`
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_code(partial(_obey, parsed))
 
 
 def _obey(parsed: argparse.Namespace) -> int:
     """The exit code, of what befalls all processes together."""
     config = load_config(parsed.config, parsed.overrides)
     try:
-        (dry_run if parsed.dry_run else run)(config, _plain_console())
+        if parsed.dry_run:
+            dry_run(config, _plain_console())
+        else:
+            run(config, _plain_console(), leaving(_RESUMABLE, PREEMPTED))
     except Preempted as stopped:
         if hosts.is_writer():
             print(stopped, file=sys.stderr)
@@ -329,10 +338,10 @@ def _final_metrics(outcome: Outcome, match: ExactMatch | None) -> dict[str, Any]
         "best_step": books.best_step,
         "stopped_early": books.stopped_early,
         "tokens": books.tokens + books.window.tokens,
-        "skipped_updates": int(outcome.state.skipped),
+        "skipped_updates": outcome.skipped,
         "seconds": round(outcome.seconds, 1),
         "exact_match": None if match is None else match._asdict(),
-        "state_sha256": state_digest(outcome.state),
+        "state_sha256": outcome.state_sha256,
     }
 
 
