@@ -1,5 +1,6 @@
 """What the commands share: how they begin and fail, whose tokenizer they use, and which tokens end an answer."""
 
+import argparse
 import logging
 import os
 import sys
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxft.data import chat
 from jaxft.data.chat import Renderer
 from jaxft.hub.model_files import companions_of
+from jaxft.paths import local_path
 from jaxft.platform import prepare
 from jaxft.sharding import hosts
 from jaxft.training.stopping import Left, leaving
@@ -41,6 +43,14 @@ def exit_code(action: Callable[[], int | None]) -> int:
         if hosts.count() == 1:
             raise
         return _failed(traceback.format_exc(), 1)
+
+
+def local(text: str) -> str:
+    """An argument that is a path or a name on the hub, as `local_path` has it."""
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _failed(message: str, code: int) -> int:

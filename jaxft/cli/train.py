@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from jaxft.adapters.attach import detach
-from jaxft.cli.command import end_of_turn, exit_code
+from jaxft.cli.command import end_of_turn, exit_code, local
 from jaxft.cli.export import add_tokenizer, carry_template, digests, staged, stop_at_end_of_turn
 from jaxft.config import Config
 from jaxft.config_file import load_config
@@ -252,7 +252,9 @@ def describe_batch(inputs: Inputs) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 1 failed run, 2 bad input, 75 told to stop in training, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(description="Fine-tune a Hugging Face model.")
-    parser.add_argument("--config", required=True, help="YAML file; its keys are described in docs/config.md")
+    parser.add_argument(
+        "--config", required=True, type=local, help="YAML file; its keys are described in docs/config.md"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the config")
     parsed = parser.parse_intermixed_args(arguments)
