@@ -6,7 +6,8 @@ said in several ways (`adapter: dora` or `use_dora: true`, `load_in_4bit` or `qu
 here: after validation all spellings agree, and a dumped config loads to an equal one. Files, command lines
 and the names that other trainers use are the business of `jaxft.config_file`.
 
-Paths are relative to the current directory and stay as written. Tokens have no key: the Hugging Face token
+Paths are relative to the current directory and stay as written, but for `~`, which is home; addresses of buckets are no
+paths. Tokens have no key: the Hugging Face token
 comes from HF_TOKEN or `hf auth login`, and a value that looks like a token or a URL with a login is refused.
 """
 
@@ -27,6 +28,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from jaxft.paths import local_path
 
 _TOKEN_START = r"\b(?:hf_|gh[oprsu]_|github_pat_|glpat-|sk-|xox[abp]-|AKIA)"
 _IN_URL = r"(?i:://[^/\s]*@|[?&](?:access_token|api_key|key|sig|signature|token|x-amz-signature)=)"
@@ -105,6 +108,8 @@ class DatasetConfig(_Section):
         {}, description="Expected field -> column of the file, as in {prompt: question, completion: answer}."
     )
     max_examples: PositiveInt | None = Field(None, description="Read no more examples than this; null = all.")
+
+    _be_local = field_validator("path")(local_path)  # after the look for secrets, so that none is quoted
 
     @model_validator(mode="before")
     @classmethod
@@ -280,6 +285,11 @@ class Config(_Section):
     def to_yaml(self) -> str:
         """All keys, resolved, in the order of the schema; loads to an equal config."""
         return yaml.dump(self.model_dump(), Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
+
+    @field_validator("model_name_or_path", "adapter_name_or_path", "chat_template", "output_dir")
+    @classmethod
+    def _be_local(cls, path: str | None) -> str | None:
+        return None if path is None else local_path(path)
 
     @field_validator("lora_target_modules")
     @classmethod

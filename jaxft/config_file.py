@@ -84,7 +84,7 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
     if isinstance(source, Mapping):
         where, pairs = "config", _without_paths(source).items()
     else:
-        where, pairs = os.fspath(source), _read(Path(source)).items()
+        where, pairs = os.fspath(source), _read(Path(source).expanduser()).items()
     from_file = _canonical(where, (((key,), _Given(str(key), value)) for key, value in pairs))
     from_line = _canonical(COMMAND_LINE, map(_parse_override, overrides))
 

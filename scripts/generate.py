@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxft.cli.generate import main
+from jaxft.cli.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start("generate"))

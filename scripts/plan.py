@@ -5,7 +5,7 @@ import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # a compiler for another machine is no reason to look for one here
 
-from jaxft.cli.plan import main
+from jaxft.cli.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start("plan"))

@@ -59,12 +59,12 @@ def test_config_is_frozen():
             setattr(section, key, 8)
 
 
-def test_the_schema_imports_nothing_of_jaxft():
+def test_the_schema_imports_nothing_of_jaxft_but_what_a_path_is():
     nodes = list(ast.walk(ast.parse(Path(jaxft.config.__file__).read_text())))
     modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
     modules += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     assert "pydantic" in modules
-    assert not [module for module in modules if module.split(".")[0] == "jaxft"]
+    assert [module for module in modules if module.split(".")[0] == "jaxft"] == ["jaxft.paths"]
 
 
 # Types and limits
@@ -317,7 +317,54 @@ def test_a_secret_is_refused_as_a_value_and_not_shown(place, secret):
     ],
 )
 def test_what_is_no_secret_is_let_through(text):
-    assert load_config(BASE | {"output_dir": text}).output_dir == text
+    assert load_config(BASE | {"model_revision": text}).model_revision == text
+
+
+# Paths
+
+PLACES = {
+    "model_name_or_path": lambda text: {"model_name_or_path": text},
+    "adapter_name_or_path": lambda text: {"adapter_name_or_path": text},
+    "chat_template": lambda text: {"chat_template": text},
+    "output_dir": lambda text: {"output_dir": text},
+    "datasets.0": lambda text: {"datasets": [text]},
+    "eval_datasets.0.path": lambda text: {"eval_datasets": [{"path": text}]},
+}
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_home_is_meant_by_a_tilde_wherever_a_path_is(monkeypatch, key):
+    monkeypatch.setenv("HOME", "/home/me")
+    same = ("a/~/b", "./~", "a~")
+    for text, expected in {"~": "/home/me", "~/a b": "/home/me/a b", **dict(zip(same, same, strict=True))}.items():
+        config = load_config(BASE | PLACES[key](text))
+        value = config.model_dump()
+        for part in key.split("."):
+            value = value[int(part) if part.isdigit() else part]
+        assert (value["path"] if part == "0" else value) == expected
+        assert load_config(config.model_dump()) == config
+    assert f"{key}: ~nobody-here is nobody's home here" in complaint(**PLACES[key]("~nobody-here/x"))
+
+
+@pytest.mark.parametrize("key", PLACES)
+@pytest.mark.parametrize(
+    "address, advice",
+    [
+        ("gs://bucket/run", "gcsfuse BUCKET DIR"),
+        ("gs:/bucket/run", "gcloud storage cp -r"),
+        ("S3://bucket/run", "aws s3 cp --recursive"),
+        ("hf://buckets/me/run", "give ORG/NAME"),
+        ("abfss://box/run", "mount it, or copy from or to it"),
+        ("https://host/x", "download it"),
+        ("file:///data/x", "leave `file://` out"),
+    ],
+)
+def test_an_address_is_no_path(key, address, advice):
+    message = complaint(**PLACES[key](address))
+    scheme = address.partition(":")[0].lower()
+    assert f"{key}: is an address ({scheme}://), and files are read and written in directories here: " in message
+    assert advice in message
+    assert f'(got "{address}")' in message
 
 
 # To YAML and back

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1] / "jaxft"
 EVERYTHING_BELOW = {
     "rules",
     "redact",
+    "paths",
     "config",
     "config_errors",
     "config_file",
@@ -24,7 +25,8 @@ EVERYTHING_BELOW = {
 ALLOWED = {
     "rules": set(),
     "redact": set(),
-    "config": set(),
+    "config": {"paths"},
+    "paths": set(),
     "config_errors": {"config"},
     "config_file": {"config", "config_errors"},
     "quantization": {"rules"},

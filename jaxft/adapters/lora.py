@@ -11,6 +11,7 @@ zero, so are their gradients.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,11 @@ class LoRA(nnx.Module):
 
 
 def _dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    """With one key, or one for each of the rows that x [B, ..., in] begins with."""
+    if key.ndim:
+        keep = jax.vmap(partial(jax.random.bernoulli, p=1 - rate, shape=x.shape[1:]))(key)
+    else:
+        keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 

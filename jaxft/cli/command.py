@@ -1,5 +1,6 @@
 """What the commands share: how they begin and fail, whose tokenizer they use, and which tokens end an answer."""
 
+import argparse
 import logging
 import os
 import sys
@@ -13,32 +14,43 @@ from transformers import PreTrainedTokenizerBase
 from jaxft.data import chat
 from jaxft.data.chat import Renderer
 from jaxft.hub.model_files import companions_of
+from jaxft.paths import local_path
 from jaxft.platform import prepare
 from jaxft.sharding import hosts
+from jaxft.training.stopping import Left, leaving
 
 
 def exit_code(action: Callable[[], int | None]) -> int:
     """Do it, as one of several processes where this is one: its code or 0; 2 for what the user can put right.
 
-    An error is one line on stderr. It ends all processes, and the line says which of them it befell.
+    An error is one line on stderr. It ends all processes, and the line says which of them it befell. So does a signal.
     """
     try:
-        prepare()
-        hosts.join()
-        if not hosts.is_writer():
-            logging.getLogger().setLevel(logging.ERROR)
-            warnings.simplefilter("ignore")
-        code = action() or 0
-        hosts.part()
-        return code
+        with leaving():
+            prepare()
+            hosts.join()
+            if not hosts.is_writer():
+                logging.getLogger().setLevel(logging.ERROR)
+                warnings.simplefilter("ignore")
+            code = action() or 0
+            hosts.part()
+            return code
+    except Left as left:
+        return _failed(left.word, left.code)
     except (ValueError, OSError) as error:
         return _failed(f"error: {error}", 2)
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception:
         if hosts.count() == 1:
             raise
-        if isinstance(error, KeyboardInterrupt):
-            return _failed("interrupted", 130)
         return _failed(traceback.format_exc(), 1)
+
+
+def local(text: str) -> str:
+    """An argument that is a path or a name on the hub, as `local_path` has it."""
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _failed(message: str, code: int) -> int:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from jaxft.cli.command import exit_code, load_tokenizer
+from jaxft.cli.command import exit_code, load_tokenizer, local
 from jaxft.config import DatasetConfig
 from jaxft.data.chat import Renderer
 from jaxft.data.formats import FORMATS
@@ -35,10 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Loss and perplexity of a model on a file of examples.")
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="model directory, GGUF file or hub id")
+    add("--model", required=True, type=local, metavar="DIR", help="model directory, GGUF file or hub id")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
-    add("--adapter", metavar="DIR", help="PEFT adapter directory; its tokenizer is used if it holds one")
-    add("--data", required=True, metavar="FILE", help="examples, in any format that training reads")
+    add("--adapter", type=local, metavar="DIR", help="PEFT adapter directory; its tokenizer is used if it holds one")
+    add("--data", required=True, type=local, metavar="FILE", help="examples, in any format that training reads")
     add("--type", choices=tuple(FORMATS), help="format of the examples (default: detect it)")
     add(
         "--columns",
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=COLUMN,...",
         help="what the file calls them, as in prompt=question,completion=answer",
     )
-    add("--chat-template", metavar="NAME", help="chatml or a Jinja file, not the tokenizer's own")
+    add("--chat-template", type=local, metavar="NAME", help="chatml or a Jinja file, not the tokenizer's own")
     add(
         "--max-length",
         type=_positive,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters.merge import merge
-from jaxft.cli.command import end_of_turn, exit_code
+from jaxft.cli.command import end_of_turn, exit_code, local
 from jaxft.config import Config
 from jaxft.config_file import load_config
 from jaxft.data.chat import Renderer, load_tokenizer
@@ -216,9 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Export a finished run as a PEFT adapter or as a merged model.")
     add = parser.add_argument
-    add("--run", required=True, type=Path, metavar="DIR", help="output_dir of the run")
+    add("--run", required=True, type=local, metavar="DIR", help="output_dir of the run")
     add("--format", required=True, choices=("peft", "merged"), help="an adapter, or a model of its own")
-    add("--output", required=True, type=Path, metavar="DIR", help="new or empty")
+    add("--output", required=True, type=local, metavar="DIR", help="new or empty")
     add("--dtype", choices=DTYPES, help="of merged weights (default: as in the base's checkpoint)")
     return parser
 
@@ -228,14 +228,14 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError("--dtype is for --format merged; an adapter stays in float32, as it was trained")
     if not hosts.is_writer():
         return  # there is nothing to share out: one host has room for the model, or none has
-    run = open_result(options.run)
-    with staged(options.output) as stage, _host():
+    run, output = open_result(Path(options.run)), Path(options.output)
+    with staged(output) as stage, _host():
         if options.format == "peft":
             write_adapter(run, stage)
             what = f"PEFT adapter for {run.config.model_name_or_path}"
         else:
             what = f"merged model, {write_merged(run, stage, options.dtype)}"
-    print(f"wrote {options.output}: {what}")
+    print(f"wrote {output}: {what}")
 
 
 def _host() -> AbstractContextManager:

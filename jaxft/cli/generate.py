@@ -8,7 +8,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from jaxft.cli.command import end_of_turn, exit_code, load_tokenizer
+from jaxft.cli.command import end_of_turn, exit_code, load_tokenizer, local
 from jaxft.data.chat import Renderer
 from jaxft.data.conversations import Conversation, Message
 from jaxft.generation.generate import generate
@@ -26,12 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="model directory, GGUF file or hub id")
+    add("--model", required=True, type=local, metavar="DIR", help="model directory, GGUF file or hub id")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
-    add("--adapter", metavar="DIR", help="PEFT adapter directory; its tokenizer is used if it holds one")
+    add("--adapter", type=local, metavar="DIR", help="PEFT adapter directory; its tokenizer is used if it holds one")
     add("--prompt", required=True, action="append", metavar="TEXT", help="may be repeated")
     add("--chat", action="store_true", help="the prompt is a user's message: apply the chat template")
-    add("--chat-template", metavar="NAME", help="with --chat: chatml, or a Jinja file")
+    add("--chat-template", type=local, metavar="NAME", help="with --chat: chatml, or a Jinja file")
     add("--system", metavar="TEXT", help="with --chat: the system message")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="at most (default: %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 (default): no draws")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 
+from jaxft.cli.command import local
 from jaxft.config_file import load_config
 from jaxft.hub.model_files import read_config
 from jaxft.hub.resolve import resolve_model
@@ -24,7 +25,7 @@ from jaxft.planning.search import rows_of, search
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0: it fits, 1: it does not, 2: bad input."""
     parser = argparse.ArgumentParser(description="Compile a run's step for a machine, and say whether it fits.")
-    parser.add_argument("--config", required=True, help="YAML file, as for scripts/train.py")
+    parser.add_argument("--config", required=True, type=local, help="YAML file, as for scripts/train.py")
     parser.add_argument("--topology", required=True, help="as in v5e:4x4, 2*v5e:4x4 (two slices), h100:8, cpu:1")
     parser.add_argument(
         "--search", action="store_true", help="find the fastest mesh, micro batch, accumulation and remat that fit"

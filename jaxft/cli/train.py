@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
@@ -20,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from jaxft.adapters.attach import detach
-from jaxft.cli.command import end_of_turn, exit_code
+from jaxft.cli.command import end_of_turn, exit_code, local
 from jaxft.cli.export import add_tokenizer, carry_template, digests, staged, stop_at_end_of_turn
 from jaxft.config import Config
 from jaxft.config_file import load_config
@@ -35,13 +36,18 @@ from jaxft.platform import prepare
 from jaxft.sharding import hosts
 from jaxft.sharding.mesh import batch_ways
 from jaxft.training.account import NonFiniteLossError
-from jaxft.training.checkpoint import Checkpoints, state_digest
+from jaxft.training.checkpoint import Checkpoints
 from jaxft.training.inputs import Inputs, gather
-from jaxft.training.logging import MetricsLog, Progress, open_sinks, read_metrics
-from jaxft.training.loop import PREEMPTED, Outcome, Preempted, fit, start
-from jaxft.training.run_directory import RunDirectory, check_vacant, open_run, versions
+from jaxft.training.logging import MetricsLog, Progress, check_trackers, open_sinks, read_metrics
+from jaxft.training.loop import PREEMPTED, Outcome, Preempted, Start, fit, start
+from jaxft.training.optimizer import learning_rate_schedule
+from jaxft.training.run_directory import RunDirectory, check_same, check_vacant, open_run
+from jaxft.training.same_run import versions
+from jaxft.training.stopping import leaving
 
 SHOWN_PROMPTS = 5
+
+_RESUMABLE = " before the first update or after the last; resume with resume_from_checkpoint=true"
 
 
 @dataclass(frozen=True)
@@ -73,20 +79,28 @@ def train(config: str | Path | Mapping[str, Any], **overrides: Any) -> TrainResu
         return run(load_config(config, words), _plain_console())
 
 
-def run(config: Config, console: Console) -> TrainResult:
-    """`train` for a checked config; what happens is told on `console`."""
+def run(config: Config, console: Console, idle: AbstractContextManager[None] | None = None) -> TrainResult:
+    """`train` for a checked config; what happens is told on `console`.
+
+    Args:
+        idle: entered when the first update is near; it is on top before that update and after the last.
+    """
     say = console.print
     hosts.agree({**versions(), **config.model_dump(mode="json")})
-    again = hosts.is_writer() and (config.resume_from_checkpoint or nothing_to_lose(Path(config.output_dir)))
+    again = hosts.is_writer() and is_begun(config)
     if hosts.is_writer():
         check_vacant(config.output_dir, again)
+        check_trackers(config.report_to)
     inputs = gather(config)
+    if again:
+        check_length(config.output_dir, inputs.total_steps)
     hosts.agree(inputs.fingerprints)
     say(str(inputs.data.report))
     counts = count_parameters(inputs.describe(), inputs.recipe.trained_type)
     say(describe_parameters(counts))
     say(describe_batch(inputs))
-    with open_run(config.output_dir, again, config.to_yaml(), inputs.fingerprints) as directory:
+    with ExitStack() as ending:
+        directory = ending.enter_context(open_run(config.output_dir, again, config.to_yaml(), inputs.fingerprints))
         model = inputs.load()
         count = max(config.exact_match_samples, SHOWN_PROMPTS)
         asked = questions(inputs.data.eval_examples, inputs.renderer, count, model.config.rope.max_positions)
@@ -97,10 +111,14 @@ def run(config: Config, console: Console) -> TrainResult:
             if directory.resumed:
                 directory.truncate_metrics(begin.step)
                 say(f"resumed at step {begin.step}")
+                if (before_it := directory.record.get("updates", inputs.total_steps)) != inputs.total_steps:
+                    say(describe_length(inputs, begin, before_it))
+            directory.write_run({"updates": inputs.total_steps})
             with (
                 _metrics_log(directory, config) as log,
                 Progress(inputs.total_steps, begin.step, console) as progress,
             ):
+                ending.enter_context(idle or nullcontext())
                 outcome = fit(inputs, begin, checkpoints, log, progress)
         exported = _export(outcome, inputs, directory)
         say(f"wrote {exported} (step {outcome.exported_step})")
@@ -140,8 +158,18 @@ def run(config: Config, console: Console) -> TrainResult:
 
 
 def dry_run(config: Config, console: Console) -> None:
-    """Print what a run would do: config, data, parameters, one example, effective batch. Writes nothing."""
+    """Print what a run would do: config, data, parameters, one example, effective batch. Writes nothing.
+
+    What would refuse the run refuses this.
+    """
+    again = hosts.is_writer() and is_begun(config)
+    if hosts.is_writer():
+        check_vacant(config.output_dir, again)
+        check_trackers(config.report_to)
     inputs = gather(config)
+    if again:
+        check_length(config.output_dir, inputs.total_steps)
+        check_same(config.output_dir, again, config.to_yaml(), inputs.fingerprints)
     console.print(config.to_yaml())
     console.print(str(inputs.data.report))
     console.print(describe_parameters(count_parameters(inputs.describe(), inputs.recipe.trained_type)))
@@ -150,14 +178,52 @@ def dry_run(config: Config, console: Console) -> None:
     console.print("\n" + describe_batch(inputs))
 
 
+def is_begun(config: Config) -> bool:
+    """Whether the run may use a directory in which there is a run already."""
+    return config.resume_from_checkpoint or nothing_to_lose(Path(config.output_dir))
+
+
 def nothing_to_lose(output_dir: Path) -> bool:
     """An earlier attempt failed there before it logged an update: it may be started over, with any config."""
     metrics = output_dir / "metrics.jsonl"
+    results = (output_dir / "adapter", output_dir / "model")
     return (
         (output_dir / "run.json").exists()
+        and not any(result.exists() for result in results)
         and not any((output_dir / "checkpoints").glob("[0-9]*"))
         and not (metrics.exists() and any(record["step"] for record in read_metrics(metrics)))
     )
+
+
+def check_length(output_dir: str, total_steps: int) -> None:
+    """Refuse a run that is to end before the step at which it already is.
+
+    Raises:
+        ValueError: says how many updates are done.
+    """
+    done = max(
+        (int(path.name) for path in Path(output_dir, "checkpoints").glob("[0-9]*") if path.name.isdigit()), default=0
+    )
+    if done > total_steps:
+        raise ValueError(
+            f"output_dir {output_dir}: {done} updates are done there, and the run is to have {total_steps} now; "
+            f"set max_steps to {done} or more, or num_train_epochs to as much"
+        )
+
+
+def describe_length(inputs: Inputs, begin: Start, updates_before: int) -> str:
+    """What another number of updates makes of the learning rate."""
+    done = begin.step - int(begin.state.skipped)
+    before, now = (learning_rate_schedule(inputs.config, updates) for updates in (updates_before, inputs.total_steps))
+    next_rate, otherwise = float(now(done)), float(before(done))
+    last_rate = float(now(max(inputs.total_steps - 1, done)))
+    lines = [
+        f"{inputs.total_steps} updates instead of {updates_before}: the learning rate is {next_rate:.3g} at step "
+        f"{begin.step + 1} (it would have been {otherwise:.3g}) and {last_rate:.3g} at the last"
+    ]
+    if begin.books.stopped_early:
+        lines.append("the run has stopped early (early_stopping_patience): there are no more updates")
+    return "\n".join(lines)
 
 
 def describe_parameters(counts: Sequence[ParameterCount]) -> str:
@@ -186,23 +252,24 @@ def describe_batch(inputs: Inputs) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 1 failed run, 2 bad input, 75 told to stop in training, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(description="Fine-tune a Hugging Face model.")
-    parser.add_argument("--config", required=True, help="YAML file; its keys are described in docs/config.md")
+    parser.add_argument(
+        "--config", required=True, type=local, help="YAML file; its keys are described in docs/config.md"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the config")
     parsed = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
-    try:
-        return exit_code(partial(_obey, parsed))
-    except KeyboardInterrupt:  # outside the training loop, which saves and is `Preempted`
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_code(partial(_obey, parsed))
 
 
 def _obey(parsed: argparse.Namespace) -> int:
     """The exit code, of what befalls all processes together."""
     config = load_config(parsed.config, parsed.overrides)
     try:
-        (dry_run if parsed.dry_run else run)(config, _plain_console())
+        if parsed.dry_run:
+            dry_run(config, _plain_console())
+        else:
+            run(config, _plain_console(), leaving(_RESUMABLE, PREEMPTED))
     except Preempted as stopped:
         if hosts.is_writer():
             print(stopped, file=sys.stderr)
@@ -273,10 +340,10 @@ def _final_metrics(outcome: Outcome, match: ExactMatch | None) -> dict[str, Any]
         "best_step": books.best_step,
         "stopped_early": books.stopped_early,
         "tokens": books.tokens + books.window.tokens,
-        "skipped_updates": int(outcome.state.skipped),
+        "skipped_updates": outcome.skipped,
         "seconds": round(outcome.seconds, 1),
         "exact_match": None if match is None else match._asdict(),
-        "state_sha256": state_digest(outcome.state),
+        "state_sha256": outcome.state_sha256,
     }
 
 

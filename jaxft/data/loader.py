@@ -2,7 +2,8 @@
 
 Each epoch chooses its examples, shuffles them by (seed, epoch), packs them into rows and shuffles the rows.
 Step n of the run is a fixed slice of the rows of its epoch, so a run resumes exactly from the number of steps
-taken. The last step of an epoch is filled up with empty rows; no example is dropped, and none moves into the
+taken. How many rows a step has decides the slice; into how many micro-batches and over how many devices they are
+cut does not. The last step of an epoch is filled up with empty rows; no example is dropped, and none moves into the
 next epoch.
 
 An epoch is one pass over all sources. With weights, it has as many examples as there are in all sources
@@ -67,7 +68,7 @@ class Schedule:
         self.row_length = max_length if packing else _row_length(sources, max_length, parts)
         self._shares = _shares(sources, weights)
         self._regular = weights is None or not packing  # every epoch has as many rows as the first
-        self._order = [packing, accumulation_steps, self.row_length, self._shares, seed]
+        self._order = [packing, self.row_length if packing else None, self._shares, seed]
         self._ends = [0]  # the step after the last one of each epoch, as far as known, after a first 0
         self._rows: tuple[int, list[list[int]]] = (-1, [])  # the epoch planned last, and its rows
         self._lock = threading.Lock()
@@ -109,7 +110,7 @@ class Schedule:
         return math.floor(self.epoch(step)) > math.floor(self.epoch(step - 1))
 
     def fingerprint(self) -> str:
-        """SHA-256 of the tokens and of what decides their order: with as many rows to a batch, equal batches."""
+        """SHA-256 of the tokens and of what decides their order: with as many rows to a step, each learns the same."""
         described = json.dumps([self._order, [source.fingerprint() for source in self._sources]])
         return hashlib.sha256(described.encode()).hexdigest()
 

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxft.models.blockwise import Reach, Rule
 from jaxft.models.config import DecoderConfig, LayerSpec
 from jaxft.models.kernels import Backend, attend
+from jaxft.models.keys import split
 from jaxft.models.linear import Linear
 from jaxft.models.norms import Norm
 from jaxft.models.remat import named
@@ -66,7 +67,7 @@ class Attention(nnx.Module):
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, T, D] -> [B, T, D], and the cache with this call's keys and values written at the queries' slots."""
-        keys = [None] * 4 if key is None else jax.random.split(key, 4)
+        keys = [None] * 4 if key is None else split(key, 4)
         q, k, v = (named(each, "qkv") for each in self._projections(x, keys[:3]))
         if self.spec.rope is not None:
             rope = self.config.rope if self.spec.rope == "global" else self.config.local_rope

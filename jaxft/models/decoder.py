@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from jaxft.models import keys
 from jaxft.models.attention import LayerCache, Setting
 from jaxft.models.blockwise import Reach
 from jaxft.models.config import DecoderConfig, LayerSpec, Source
@@ -205,7 +206,7 @@ class Decoder(nnx.Module):
                 layers, layer_caches, layer_key = per_repeat
                 new, routed = [], []
                 for position, layer in enumerate(layers):
-                    drop = None if layer_key is None else jax.random.fold_in(layer_key, position)
+                    drop = None if layer_key is None else keys.fold_in(layer_key, position)
                     layer_cache = None if layer_caches is None else layer_caches[position]
                     h, layer_cache, balance = layer(h, setting, layer_cache, drop)
                     h = self._constrained(h)
@@ -213,10 +214,10 @@ class Decoder(nnx.Module):
                     routed.append(balance)
                 return h, (new, routed)
 
-            keys = None if key is None else jax.random.split(jax.random.fold_in(key, index), group.repeats)
+            drops = None if key is None else keys.split(keys.fold_in(key, index), group.repeats)
             cache = None if caches is None else caches[index]
             body = rematerialised(pattern, self.remat, self.offload, self.scan_layers)
-            h, (new, routed) = jax.lax.scan(body, h, (list(stacks), cache, keys), unroll=not self.scan_layers)
+            h, (new, routed) = jax.lax.scan(body, h, (list(stacks), cache, drops), unroll=not self.scan_layers)
             new_caches.append(new)
             balances += [balance for balance in routed if balance is not None]
         return self.model.norm(h), new_caches, balances

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.models.config import DecoderConfig
 from jaxft.models.grouped import grouped_matmul
+from jaxft.models.keys import split
 from jaxft.models.linear import Linear, LinearAdapter, Weight
 from jaxft.models.mlp import MLP, gated
 from jaxft.models.remat import named
@@ -143,7 +144,7 @@ class Mixture(nnx.Module):
             shares = shares / shares.sum(axis=-1, keepdims=True)
         y = self.experts(x, chosen, shares)
         if self.shared_expert is not None:
-            keys = (None, None) if key is None else jax.random.split(key)
+            keys = (None, None) if key is None else split(key)
             gate = jax.nn.sigmoid(self.shared_expert_gate(x, keys[0]).astype(jnp.float32)).astype(x.dtype)
             y = y + gate * self.shared_expert(x, keys[1])
         real = jnp.ones(x.shape[:2]) if segments is None else (segments > 0).astype(jnp.float32)

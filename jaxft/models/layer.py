@@ -13,6 +13,7 @@ from flax import nnx
 from jaxft.models.attention import Attention, LayerCache, Setting
 from jaxft.models.config import DecoderConfig, LayerSpec
 from jaxft.models.experts import Balance, ExpertLinear, Experts, Mixture, Router
+from jaxft.models.keys import split
 from jaxft.models.linear import Linear, Weight
 from jaxft.models.mlp import MLP
 from jaxft.models.norms import Norm
@@ -70,7 +71,7 @@ class Layer(nnx.Module):
         key: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache | None, Balance | None]:
         """h [B, T, D] -> [B, T, D], the layer's new cache, and how its router, if any, shared out the tokens."""
-        attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+        attention_key, mlp_key = (None, None) if key is None else split(key)
         norms, scale = self.config.block_norms, jnp.asarray(self.config.residual_scale, h.dtype)
 
         def normed(name: str | None, x: jax.Array) -> jax.Array:

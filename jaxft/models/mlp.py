@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.models.config import Clamp
+from jaxft.models.keys import split
 from jaxft.models.linear import Linear
 from jaxft.models.remat import named
 
@@ -29,7 +30,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """x [..., D] -> [..., D]."""
-        keys = [None] * 3 if key is None else jax.random.split(key, 3)
+        keys = [None] * 3 if key is None else split(key, 3)
         if hasattr(self, "gate_up_proj"):
             inner = gated(*jnp.split(named(self.gate_up_proj(x, keys[0]), "mlp"), 2, axis=-1), self.activation, None)
         elif hasattr(self, "gate_proj"):

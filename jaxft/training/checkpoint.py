@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 
 from jaxft.sharding import hosts
 from jaxft.training.digest import Digest, digests
-from jaxft.training.state import TrainState
+from jaxft.training.state import Trained, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -213,9 +213,30 @@ class Checkpoints:
             if hosts.is_writer():
                 shutil.rmtree(self.directory / _OUTDATED)
 
+    def restore_trained(self, like: Trained, step: int) -> Trained:
+        """The trained arrays of one step, and nothing else of it, so that they need no room for an optimizer.
+
+        Raises:
+            DamagedCheckpointError: the step is damaged.
+            CheckpointError: there is no such step, or it holds other arrays.
+        """
+        if step not in (there := self.steps()):
+            raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; there are {there}")
+        wanted = {f"trained.{name}": array for name, array in like.items()}
+        manifest = self._manifest(step)
+        recorded = {name: array for name, array in manifest["arrays"].items() if name.startswith("trained.")}
+        return dict(zip(like, self._intact(step, recorded, wanted).values(), strict=True))
+
     def _restore(self, template: TrainState, step: int) -> Restored:
         manifest = self._manifest(step)
-        recorded, wanted = manifest["arrays"], _named(template)
+        arrays = self._intact(step, manifest["arrays"], _named(template))
+        state = jax.tree.unflatten(jax.tree.structure(template), list(arrays.values()))
+        return Restored(step, state, manifest["progress"])
+
+    def _intact(
+        self, step: int, recorded: dict[str, dict[str, Any]], wanted: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """The arrays wanted, after comparing them with what is recorded of them."""
         if differences := list(_differences(recorded, wanted)):
             listed = "".join(f"\n  {line}" for line in differences[:_LISTED])
             more = f"\n  and {len(differences) - _LISTED} more" if len(differences) > _LISTED else ""
@@ -229,8 +250,7 @@ class Checkpoints:
                 f"{self._path(step)} is damaged: {changed[0]} does not match its digest"
                 + (f", nor do {len(changed) - 1} more" if changed[1:] else "")
             )
-        state = jax.tree.unflatten(jax.tree.structure(template), list(arrays.values()))
-        return Restored(step, state, manifest["progress"])
+        return arrays
 
     def _manifest(self, step: int) -> dict[str, Any]:
         body, fault = hosts.share(lambda: self._read_manifest(step))
@@ -255,7 +275,9 @@ class Checkpoints:
         """The arrays as those of the template lie, or why this process cannot read them."""
         restore = {name: _restore_args(leaf) for name, leaf in wanted.items()}
         try:
-            read = self._reader.restore(self._path(step) / "state", args=ocp.args.PyTreeRestore(restore_args=restore))
+            some = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
+            arguments = ocp.args.PyTreeRestore(item=some, restore_args=restore, partial_restore=True)
+            read = self._reader.restore(self._path(step) / "state", args=arguments)
             return {
                 name: read[name] if leaf.committed else jnp.array(read[name]) for name, leaf in wanted.items()
             }, None

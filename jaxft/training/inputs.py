@@ -24,6 +24,7 @@ from jaxft.models.decoder import Decoder
 from jaxft.sharding.arrays import rows_here
 from jaxft.sharding.mesh import batch_ways, make_mesh
 from jaxft.training.recipe import Recipe
+from jaxft.training.same_run import ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ class Inputs:
         """What must not change between a run and its resumption."""
         tokenizer = self.renderer.tokenizer
         specials = sorted(tokenizer.special_tokens_map.items())
+        # the load of experts is balanced within a micro-batch, so there its rows matter, too
+        balanced = {"rows of a micro-batch": str(self.rows)} if self.config.router_aux_loss_coef else {}
         return {
             "data": self.schedule.fingerprint(),
             "held-out data": self.data.eval.fingerprint(),
@@ -72,7 +75,8 @@ class Inputs:
             "base": self.base_fingerprint,
             "base config": config_fingerprint(self.resolved.path),
             "adapter to go on from": _digest_of_adapter(self.config.adapter_name_or_path),
-            "rows of a batch": str(self.rows),
+            ROWS: str(self.rows * self.config.gradient_accumulation_steps),
+            **balanced,
         }
 
     def load(self) -> Decoder:

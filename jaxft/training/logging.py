@@ -101,6 +101,17 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
     return records
 
 
+def check_trackers(names: Sequence[str]) -> list[ModuleType]:
+    """The trackers' packages, imported.
+
+    Raises:
+      ValueError: an unknown name, or a package that is not installed or cannot be imported.
+    """
+    if unknown := [name for name in names if name not in _TRACKERS]:
+        raise ValueError(f"report_to: unknown tracker {unknown[0]!r}; choose {', '.join(_TRACKERS)}")
+    return [_import_tracker(name) for name in names]
+
+
 def open_sinks(
     names: Sequence[str], output_dir: str | os.PathLike[str], run_name: str, config: Mapping[str, Any]
 ) -> list[Sink]:
@@ -115,9 +126,7 @@ def open_sinks(
     Raises:
       ValueError: an unknown name, or a package that is not installed.
     """
-    if unknown := [name for name in names if name not in _TRACKERS]:
-        raise ValueError(f"report_to: unknown tracker {unknown[0]!r}; choose {', '.join(_TRACKERS)}")
-    modules = [_import_tracker(name) for name in names]  # all of them before any of them opens
+    modules = check_trackers(names)  # all of them before any of them opens
     directory = Path(output_dir)
     return [_TRACKERS[n].open(m, directory, run_name, config) for n, m in zip(names, modules, strict=True)]
 
@@ -265,10 +274,11 @@ def _import_tracker(name: str) -> ModuleType:
     package = _TRACKERS[name].package
     try:
         return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package:
-            raise
-        raise ValueError(f'report_to: {name} needs the package {package}: pip install "jaxft[{name}]"') from None
+    except ImportError as error:
+        reason = "" if getattr(error, "name", None) == package else f" ({error})"
+        raise ValueError(
+            f'report_to: {name} needs the package {package}{reason}: pip install "jaxft[{name}]", or take it out'
+        ) from None
 
 
 def _tracking_id(output_dir: Path) -> str:

@@ -1,14 +1,9 @@
 """The training loop, from the first batch to the last checkpoint. It reads top to bottom."""
 
 import logging
-import signal
-import threading
 import time
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
-from types import FrameType
-from typing import Any, Self
 
 import optax
 from flax import nnx
@@ -20,13 +15,14 @@ from jaxft.models.decoder import Decoder
 from jaxft.sharding.arrays import any_process, place_rows
 from jaxft.sharding.hosts import is_writer
 from jaxft.training.account import Account, Bookkeeping
-from jaxft.training.checkpoint import CheckpointError, Checkpoints
+from jaxft.training.checkpoint import CheckpointError, Checkpoints, state_digest
 from jaxft.training.held_out import is_evaluation, log_evaluation, note_evaluation, summed_loss
 from jaxft.training.inputs import Inputs
 from jaxft.training.logging import MetricsLog, Progress
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import Partition, Trained, TrainState
 from jaxft.training.step import initial_state, make_eval_step, make_train_step
+from jaxft.training.stopping import StopSignal
 
 SAVE_SECONDS = 600
 """A run that does not say how often it saves never loses more than this."""
@@ -38,7 +34,7 @@ Shorter ones are started one ahead of what is read, and after so many of them th
 logger = logging.getLogger(__name__)
 
 PREEMPTED = 75
-"""Exit code of a run that was told to stop (SIGTERM, SIGINT), saved a checkpoint and can be resumed."""
+"""Exit code of a run that was told to stop, saved a checkpoint and can be resumed."""
 
 
 class Preempted(Exception):
@@ -51,10 +47,12 @@ class Preempted(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training ended with. `model` has the weights of the best evaluation, or the last ones."""
+    """What training ended with. `model` has the weights of the best evaluation, or the last ones; `state_sha256` is the
+    digest of the last state, and `skipped` its count of updates that were not finite."""
 
     model: Decoder
-    state: TrainState
+    state_sha256: str
+    skipped: int
     step: int
     exported_step: int
     bookkeeping: Bookkeeping
@@ -63,7 +61,7 @@ class Outcome:
 
 @dataclass
 class Start:
-    """Where a run begins, or goes on."""
+    """Where a run begins, or goes on. `fit` uses up the state."""
 
     partition: Partition
     frozen: nnx.State
@@ -159,15 +157,18 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
                 checkpoints.wait()
                 raise Preempted(step)
 
-    checkpoints.wait()
-    exported, exported_step = state, step
+        checkpoints.wait()
+
+    digest, skipped = state_digest(state), int(state.skipped)
+    trained, exported_step = state.trained, step
+    del state  # the optimizer's part makes room for the best step
     if config.load_best_model_at_end and books.best_step not in (None, step):
         try:
-            exported_step, exported, _ = checkpoints.restore(state, books.best_step)
+            trained, exported_step = checkpoints.restore_trained(trained, books.best_step), books.best_step
         except CheckpointError as error:
             logger.warning("the best step is lost, so the last one, %d, is exported: %s", step, error)
-    tuned = partition.join(exported.trained, frozen)
-    return Outcome(tuned, state, step, exported_step, books, time.monotonic() - began)
+    tuned = partition.join(trained, frozen)
+    return Outcome(tuned, digest, skipped, step, exported_step, books, time.monotonic() - began)
 
 
 def is_save(inputs: Inputs, step: int) -> bool:
@@ -180,32 +181,3 @@ def is_save(inputs: Inputs, step: int) -> bool:
 def is_overdue(config: Config, seconds: float) -> bool:
     """Whether the last save is too long ago for a run that does not say how often it saves."""
     return config.save_steps is None and seconds >= SAVE_SECONDS
-
-
-class StopSignal(AbstractContextManager):
-    """Turns the first SIGTERM or SIGINT into a request to stop; the second acts as usual.
-
-    Of several processes each has its own; one request stops all.
-    """
-
-    def __init__(self):
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._request) or signal.SIG_DFL  # None: not Python's
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._restore()
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}

@@ -1,51 +1,38 @@
 """The output directory: one run, one owner, and proof that a resumed run is the run that was started.
 
-`run.json` records what decides the result (fingerprints of data, tokenizer, base, ...; the config stands
-beside it in `config.yaml`) and what may explain a difference in the last bits (versions, devices). A run
-resumes only where all of the first kind is as it was. A lock, which the kernel releases when its process
+`run.json` and, beside it, `config.yaml` record what the run was started with; it resumes only where that is as it was
+(`jaxft.training.same_run`). A lock, which the kernel releases when its process
 dies, keeps a second run out.
 
 Of several processes the first owns the directory and writes; the others know what it holds.
 """
 
 import fcntl
-import importlib.metadata
 import json
 import logging
 import os
-import platform
+import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-import jax
-import yaml
-
 from jaxft.sharding import hosts
+from jaxft.training.same_run import compare, environment
 
 logger = logging.getLogger(__name__)
 
-FREE_KEYS = {
-    "output_dir",
-    "resume_from_checkpoint",
-    "logging_steps",
-    "report_to",
-    "save_steps",
-    "save_total_limit",
-    "max_nonfinite_steps",
-    "exact_match_samples",
-    "max_new_tokens",
+_RECORDED = {
+    "run_id": str,
+    "fingerprints": dict,
+    "versions": dict,
+    "devices": dict,
+    "started": str,
+    "resumed": list,
+    "finished": str | None,
 }
-"""Config keys that a resumed run may change: they decide what is reported and kept, never what is learned."""
-
-ROUNDING_KEYS = {"attn_implementation", "mesh", "offload", "remat", "scan_layers"}
-"""May change, too: the same sums in another order. The result is equal up to rounding; the log says so."""
-
-_PACKAGES = ("jaxft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-_RECORDED = {"run_id", "fingerprints", "versions", "devices", "started", "resumed", "finished"}
 _LOCK = ".lock"
 _LISTED = 5  # names in one message
 
@@ -70,7 +57,7 @@ class RunDirectory:
         self.run_file = path / "run.json"
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
-        self.adapter = path / "adapter"
+        self.adapter, self.model = path / "adapter", path / "model"
         self.report_file = path / "report.html"
 
     def __enter__(self) -> Self:
@@ -125,17 +112,34 @@ class RunDirectory:
 
 
 def check_vacant(output_dir: str | Path, resume: bool) -> None:
-    """Refuse early what `open_run` would refuse for what lies in the directory. Only looks.
+    """Refuse early what `open_run` would refuse for the place, and for what lies there. Only looks.
 
     Raises:
-        RunDirectoryError: it holds something that is not to be resumed, or is a file.
+        RunDirectoryError: it holds something that is not to be resumed, is in use, no directory, or not writable.
     """
     path = Path(output_dir)
+    _refuse_place(path)
     if not path.exists():
         return
-    if not path.is_dir():
-        raise _not_a_directory(path)
     _refuse_contents(path, resume)
+    if (path / _LOCK).exists():
+        os.close(_acquire(path, look=True))
+
+
+def check_same(output_dir: str | Path, resume: bool, config_yaml: str, fingerprints: Mapping[str, str]) -> None:
+    """Refuse early what `open_run` would refuse to go on with. Only looks.
+
+    Raises:
+        RunDirectoryError: the run there was started with another config or other fingerprints, or cannot be resumed.
+    """
+    path = Path(output_dir)
+    if not path.exists() or not _refuse_contents(path, resume):
+        return
+    run = RunDirectory(path, None, {}, resumed=resume and _has_checkpoint(path / "checkpoints"))
+    if run.resumed:
+        _compare(run, _read_record(run.run_file), config_yaml, fingerprints)
+    else:
+        _refuse_to_start_over(run)
 
 
 def open_run(output_dir: str | Path, resume: bool, config_yaml: str, fingerprints: Mapping[str, str]) -> RunDirectory:
@@ -168,8 +172,7 @@ def open_run(output_dir: str | Path, resume: bool, config_yaml: str, fingerprint
 
 
 def _open(path: Path, resume: bool, config_yaml: str, fingerprints: dict[str, str]) -> RunDirectory:
-    if path.exists() and not path.is_dir():
-        raise _not_a_directory(path)
+    _refuse_place(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         there = _contents(path)
@@ -189,23 +192,22 @@ def _open(path: Path, resume: bool, config_yaml: str, fingerprints: dict[str, st
 
 def _open_locked(path: Path, lock: int, resume: bool, config_yaml: str, fingerprints: dict[str, str]) -> RunDirectory:
     there = _refuse_contents(path, resume)
+    for left_behind in (*path.glob(".adapter.*.tmp"), *path.glob(".model.*.tmp")):  # by a kill in the export
+        shutil.rmtree(left_behind)
     run = RunDirectory(path, lock, {}, resumed=resume and _has_checkpoint(path / "checkpoints"))
     if run.resumed:
         recorded = _read_record(run.run_file)
-        _refuse_changes(run, recorded, config_yaml, fingerprints)
-        run.write_run({**recorded, **_environment(), "resumed": [*recorded["resumed"], _now()], "finished": None})
+        _compare(run, recorded, config_yaml, fingerprints)
+        run.write_run({**recorded, **environment(), "resumed": [*recorded["resumed"], _now()], "finished": None})
     else:
-        if there and (run.adapter.exists() or _read_record(run.run_file)["finished"]):
-            raise RunDirectoryError(
-                f"{path}: the run in it has finished, and there is no checkpoint to resume from; "
-                "choose another output_dir"
-            )
+        if there:
+            _refuse_to_start_over(run)
         if resume:
             logger.warning("%s holds no checkpoint yet: starting from the beginning", path)
         run.metrics_file.unlink(missing_ok=True)
         identity = {"run_id": str(uuid.uuid4()), "fingerprints": fingerprints}
         times = {"started": _now(), "resumed": [], "finished": None}
-        run.write_run({**identity, **_environment(), **times})
+        run.write_run({**identity, **environment(), **times})
     _replace(run.config_file, config_yaml.encode())
     return run
 
@@ -222,8 +224,33 @@ def _refuse_contents(path: Path, resume: bool) -> list[str]:
     return there
 
 
-def _not_a_directory(path: Path) -> RunDirectoryError:
-    return RunDirectoryError(f"output_dir {path} is a file, not a directory; choose another output_dir")
+def _refuse_to_start_over(run: RunDirectory) -> None:
+    """A run that lost its checkpoints is not begun anew where its result would be replaced."""
+    if run.adapter.exists() or run.model.exists() or _read_record(run.run_file)["finished"]:
+        raise RunDirectoryError(
+            f"{run.path}: the run in it has finished, and there is no checkpoint to resume from; "
+            "choose another output_dir"
+        )
+
+
+def _refuse_place(path: Path) -> None:
+    """Whatever of it exists must be directories, the innermost of them writable."""
+    for part in (path, *path.parents):
+        if part.is_symlink() and not part.exists():
+            raise RunDirectoryError(
+                f"output_dir {path}: {part} is a link to {os.readlink(part)}, which does not exist; "
+                "make that directory, or choose another output_dir"
+            )
+        if part.exists():
+            break
+    if part == path and not path.is_dir():
+        raise RunDirectoryError(f"output_dir {path} is a file, not a directory; choose another output_dir")
+    if not part.is_dir():
+        raise RunDirectoryError(f"output_dir {path} cannot be written: {part} is a file; choose another output_dir")
+    if not os.access(part, os.W_OK | os.X_OK):
+        raise RunDirectoryError(
+            f"output_dir {path} cannot be written: no permission to write in {part}; choose another output_dir"
+        )
 
 
 def _occupied(path: Path, there: list[str]) -> RunDirectoryError:
@@ -235,11 +262,13 @@ def _occupied(path: Path, there: list[str]) -> RunDirectoryError:
     return RunDirectoryError(f"output_dir {path} is not empty (it holds {listed}): {advice}")
 
 
-def _acquire(path: Path) -> int:
-    """An open file that holds the lock."""
+def _acquire(path: Path, look: bool = False) -> int:
+    """An open file that holds the lock. `look`: without a word in it of whose it is."""
     lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if look:
+            return lock
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     except BlockingIOError:
@@ -261,9 +290,10 @@ def _has_checkpoint(checkpoints: Path) -> bool:
 def _read_record(run_file: Path) -> dict[str, Any]:
     try:
         record = json.loads(run_file.read_bytes())
-        missing = _RECORDED - record.keys()
-        if missing:
+        if missing := _RECORDED.keys() - record.keys():
             raise ValueError(f"no {', '.join(sorted(missing))}")
+        if wrong := [key for key, kind in _RECORDED.items() if not isinstance(record[key], kind)]:
+            raise ValueError(f"{wrong[0]} is {json.dumps(record[wrong[0]])[:80]}")
     except (ValueError, AttributeError) as error:
         raise RunDirectoryError(
             f"{run_file} is damaged ({error}): what the run was started with is unknown; choose another output_dir"
@@ -271,24 +301,17 @@ def _read_record(run_file: Path) -> dict[str, Any]:
     return record
 
 
-def _refuse_changes(
-    run: RunDirectory, recorded: dict[str, Any], config_yaml: str, fingerprints: dict[str, str]
-) -> None:
+def _compare(run: RunDirectory, recorded: dict[str, Any], config_yaml: str, fingerprints: Mapping[str, str]) -> None:
+    """Refuse another run than the one that was started; warn of what may differ."""
     if not run.config_file.exists():
         raise RunDirectoryError(f"{run.config_file} is missing: what the run was started with is unknown")
     try:
-        before = yaml.load(run.config_file.read_bytes(), yaml.BaseLoader)  # every scalar as it is written
-    except yaml.YAMLError as error:
-        raise RunDirectoryError(f"{run.config_file} is damaged: {error}") from None
-    refused = [
-        f"the {name} changed: {old} -> {new}" for name, old, new in _changes(recorded["fingerprints"], fingerprints)
-    ]
-    for key, old, new in _changes(before, yaml.load(config_yaml, yaml.BaseLoader)):
-        section = key.partition(".")[0]
-        if section in ROUNDING_KEYS:
-            logger.warning("resumed with another %s (%s -> %s): equal up to rounding", key, old, new)
-        elif section not in FREE_KEYS:
-            refused.append(f"{key}: {old} -> {new}")
+        refused, told = compare(recorded, run.config_file.read_bytes(), config_yaml, fingerprints)
+    except ValueError as error:
+        raise RunDirectoryError(
+            f"{run.config_file} is damaged ({error}): what the run was started with is unknown; "
+            "put it back, or choose another output_dir"
+        ) from None
     if refused:
         raise RunDirectoryError(
             f"{run.path}: cannot resume, this is not the run that was started there:"
@@ -296,38 +319,8 @@ def _refuse_changes(
             + "\nPut it back as it was, or choose another output_dir for a new run; "
             "with adapter_name_or_path it goes on from an adapter."
         )
-    for name, old, new in _changes({k: recorded[k] for k in ("versions", "devices")}, _environment()):
-        logger.warning("resumed with another %s (%s -> %s): the last bits may differ", name, old, new)
-
-
-def _changes(before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, old, new) wherever the two differ; what is on one side only is `nothing` on the other."""
-    old, new = dict(_flat(before)), dict(_flat(after))
-    for key in {**old, **new}:
-        if old.get(key) != new.get(key):
-            yield key, old.get(key, "nothing"), new.get(key, "nothing")
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    parts = dict(enumerate(value)) if isinstance(value, list) else value
-    if not (isinstance(parts, dict) and parts):
-        yield prefix.removesuffix("."), value
-        return
-    for key, part in parts.items():
-        yield from _flat(part, f"{prefix}{key}.")
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what a run computes."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
-
-
-def _environment() -> dict[str, Any]:
-    devices = jax.devices()
-    return {
-        "versions": versions(),
-        "devices": {"kind": devices[0].device_kind, "count": len(devices)},
-    }
+    for line in told:
+        logger.warning("%s", line)
 
 
 def _now() -> str:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxft.data.batch import Batch
 from jaxft.models.decoder import Decoder, project
 from jaxft.models.experts import load_balancing_loss
+from jaxft.models.keys import of_rows
 from jaxft.models.remat import HOST
 from jaxft.objectives.cross_entropy import cross_entropy, next_token_targets
 from jaxft.objectives.head import Head
@@ -117,7 +118,8 @@ def make_train_step(
             index, batch = micro
             key = None
             if dropout_seed is not None:
-                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(dropout_seed), state.step), index)
+                rows = index * batch.tokens.shape[0] + jnp.arange(batch.tokens.shape[0], dtype=jnp.uint32)
+                key = of_rows(jax.random.fold_in(jax.random.key(dropout_seed), state.step), rows)
             (total, count), gradient = jax.value_and_grad(loss, has_aux=True)(state.trained, frozen, batch, key)
             return jax.tree.map(jnp.add, carry, (gradient, total, count)), None
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,33 @@ def test_a_directory_of_something_else_is_left_alone(place, capsys):
     assert [path.name for path in (place / "run").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("dry", [True, False], ids=["dry-run", "run"])
+def test_what_can_be_known_early_is_said_before_the_data_is_read(place, capsys, monkeypatch, dry):
+    arguments = ["--dry-run"] if dry else []
+    (place / "chats.jsonl").write_text("not read")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "report_to: wandb needs the package wandb" in refused(capsys, "report_to=wandb", *arguments)
+    (place / "file").write_text("x")
+    assert "output_dir file is a file" in refused(capsys, "output_dir=file", *arguments)
+    (place / "link").symlink_to("nowhere")
+    assert "link is a link to nowhere, which does not exist" in refused(capsys, "output_dir=link", *arguments)
+    (place / "run").mkdir()
+    (place / "run/thesis.tex").write_text("x")
+    assert "output_dir run is not empty" in refused(capsys, *arguments)
+
+
+def test_a_dry_run_of_a_resume_says_what_the_resume_would(done, capsys):
+    before = files(done / "run")
+    resume = ["--dry-run", "resume_from_checkpoint=true", "save_steps=2"]
+    assert "set resume_from_checkpoint: true" in refused(capsys, "--dry-run")
+    assert "learning_rate: 0.01 -> 0.02" in refused(capsys, *resume, "learning_rate=0.02")
+    assert "rows of an update changed: 4 -> 8" in refused(capsys, *resume, "micro_batch_size=8")
+    assert "3 updates are done there, and the run is to have 2" in refused(capsys, *resume, "max_steps=2")
+    assert main(["--config", "config.yaml", *resume, "micro_batch_size=2", "gradient_accumulation_steps=2"]) == 0
+    assert "resumed with another micro_batch_size (4 -> 2)" in capsys.readouterr().err
+    assert files(done / "run") == before
+
+
 def test_two_runs_do_not_share_a_directory(place, capsys):
     config = load_config("config.yaml")
     with open_run("run", False, config.to_yaml(), {}) as first:
@@ -275,6 +303,8 @@ def test_a_run_that_failed_before_its_first_update_may_be_started_over(place, ca
         (["run.json", "metrics of step 1"], False),
         (["run.json", "checkpoints/"], True),
         (["run.json", "checkpoints/3/"], False),
+        (["run.json", "adapter/"], False),
+        (["run.json", "model/"], False),
         (["run.json", "metrics.jsonl", "checkpoints/12/"], False),
     ],
 )

@@ -174,7 +174,6 @@ def test_fingerprint_sees_all_that_decides_the_order():
         schedule(),
         schedule(seed=8),
         schedule(packing=False),
-        schedule(accumulation_steps=1),
         schedule(max_length=65),
         schedule([source(61, seed=1)]),
         schedule([source(30), source(31, first=31)]),
@@ -182,7 +181,37 @@ def test_fingerprint_sees_all_that_decides_the_order():
     ]
     assert len({plan.fingerprint() for plan in variants}) == len(variants)
     assert schedule().fingerprint() == schedule().fingerprint()
-    assert schedule().fingerprint() == schedule(micro_batch_size=2).fingerprint(), "that is told apart by itself"
+    for same in ({"micro_batch_size": 2}, {"accumulation_steps": 1}):
+        assert schedule().fingerprint() == schedule(**same).fingerprint(), "rows of a step are told apart by themselves"
+    loose = [schedule(packing=False, max_length=1000, parts=parts) for parts in (1, 3)]
+    assert loose[0].row_length != loose[1].row_length
+    assert loose[0].fingerprint() == loose[1].fingerprint(), "what is padded is not learned"
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("weights", [None, [3.0, 1.0]])
+def test_a_step_learns_the_same_however_its_rows_are_cut(packing, weights):
+    """Twelve rows: (rows of a micro-batch, micro-batches); a stream may go on with another cut."""
+    shapes = [(12, 1), (6, 2), (4, 3), (1, 12)]
+    settings = {"packing": packing, "weights": weights, "max_length": 64}
+    plans = [
+        schedule([source(31), source(30, first=32)], micro_batch_size=rows, accumulation_steps=steps, **settings)
+        for rows, steps in shapes
+    ]
+    first = plans[0]
+    for shape, plan in zip(shapes, plans, strict=True):
+        assert plan.steps(2.5) == first.steps(2.5)
+        for step in range(first.steps(2)):
+            for field, expected in zip(plan[step], first[step], strict=True):
+                assert field.shape[:2] == shape[::-1]
+                np.testing.assert_array_equal(field.reshape(expected.shape), expected)
+
+    one, other = stream(plans[1]), stream(plans[2])
+    for _ in range(4):
+        next(one)
+    other.set_state(json.loads(json.dumps(one.get_state())))
+    for _ in range(3):
+        assert examples_in(next(other)) == examples_in(next(one))
 
 
 def test_eval_batches_keep_order_and_drop_nothing():

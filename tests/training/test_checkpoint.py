@@ -96,6 +96,27 @@ def test_progress_may_hold_nan(tmp_path):
         assert np.isnan(checkpoints.restore(make_state()).progress["loss"])
 
 
+def test_the_trained_arrays_come_back_alone(tmp_path, monkeypatch):
+    state, read = make_state(3, mesh=make_mesh({"fsdp": 4, "tensor": 2})), []
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(3, state, {})
+        whole = checkpoints._read
+        monkeypatch.setattr(checkpoints, "_read", lambda step, wanted: read.append([*wanted]) or whole(step, wanted))
+        trained = checkpoints.restore_trained(state.trained, 3)
+        assert read == [[f"trained.{name}" for name in state.trained]]
+        assert trained.keys() == state.trained.keys()
+        for name, array in trained.items():
+            assert array.sharding == state.trained[name].sharding
+            np.testing.assert_array_equal(np.asarray(array), np.asarray(state.trained[name]))
+        with pytest.raises(CheckpointError, match="no checkpoint of step 2"):
+            checkpoints.restore_trained(state.trained, 2)
+        with pytest.raises(CheckpointError, match=rf"trained\.{Q}: .* in the checkpoint, missing in the run"):
+            checkpoints.restore_trained({name: state.trained[name] for name in (V, NORM)}, 3)
+        lose_the_arrays(tmp_path / "3")
+        with pytest.raises(DamagedCheckpointError):
+            checkpoints.restore_trained(state.trained, 3)
+
+
 def test_state_may_be_donated_while_it_is_written(tmp_path):
     @partial(jax.jit, donate_argnums=0)
     def overwrite(state):

@@ -205,7 +205,7 @@ FINGERPRINTS = (
     "base",
     "base config",
     "adapter to go on from",
-    "rows of a batch",
+    "rows of an update",
 )
 
 
@@ -250,7 +250,7 @@ def test_a_fingerprint_changes_with_what_it_stands_for_alone(gathered, model, da
             edit(copy / "config.json", rms_norm_eps=1e-3)
         case "adapter to go on from":
             edit(begun / "adapter_config.json", lora_alpha=300)
-        case "rows of a batch":
+        case "rows of an update":
             mesh = {"data": 4, "tensor": 2}
     after = fingerprints()
     assert set(before) == set(FINGERPRINTS)

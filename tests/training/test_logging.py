@@ -125,7 +125,10 @@ def test_a_missing_package_is_named_with_its_extra_before_anything_opens(tmp_pat
     monkeypatch.setitem(sys.modules, logging._TRACKERS[present].package, fake)
     with pytest.raises(ValueError) as error:
         open_sinks([present, name], tmp_path, "run", {})
-    assert str(error.value) == f'report_to: {name} needs the package {package}: pip install "jaxft[{name}]"'
+    assert (
+        str(error.value)
+        == f'report_to: {name} needs the package {package}: pip install "jaxft[{name}]", or take it out'
+    )
     assert opened == list(tmp_path.iterdir()) == []
 
 

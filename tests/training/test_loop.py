@@ -4,8 +4,6 @@ import io
 import json
 import math
 import shutil
-import signal
-import threading
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +28,7 @@ from jaxft.training.checkpoint import Checkpoints
 from jaxft.training.held_out import is_evaluation, note_evaluation
 from jaxft.training.inputs import gather
 from jaxft.training.logging import MetricsLog, Progress, read_metrics
-from jaxft.training.loop import StopSignal, is_overdue, is_save
+from jaxft.training.loop import is_overdue, is_save
 from jaxft.training.optimizer import learning_rate_schedule
 from jaxft.training.step import Metrics, make_train_step
 
@@ -383,16 +381,16 @@ def test_a_run_stops_early_and_exports_its_best(settings):
 @pytest.mark.parametrize("fault", ["damaged", "gone"])
 def test_a_lost_best_step_leaves_the_last_one_to_export(settings, monkeypatch, caplog, fault):
     """The work of the run is not lost with it, and nobody takes the one for the other."""
-    whole = Checkpoints.restore
+    whole = Checkpoints.restore_trained
 
-    def restore(self, template, step=None):
-        if step is not None and fault == "damaged":
+    def restore(self, like, step):
+        if fault == "damaged":
             next((self.directory / str(step) / "manifest").iterdir()).write_text("")
-        elif step is not None:
+        else:
             shutil.rmtree(self.directory / str(step))
-        return whole(self, template, step)
+        return whole(self, like, step)
 
-    monkeypatch.setattr(Checkpoints, "restore", restore)
+    monkeypatch.setattr(Checkpoints, "restore_trained", restore)
     config = settings(learning_rate=100.0, warmup_steps=3, max_steps=4, eval_steps=1, micro_batch_size=4)
     result = train(config.model_dump())
     assert result.metrics["best_step"] < result.metrics["exported_step"] == 4
@@ -526,40 +524,3 @@ def test_a_question_that_fills_the_model_is_not_asked(settings, tmp_path):
     changes = {"eval_datasets": [str(rows)], "val_set_size": 0, "max_steps": 1, "exact_match_samples": 2}
     result = train(config.model_dump() | changes)
     assert result.metrics["exact_match"]["examples"] == 1
-
-
-# Signals
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_and_the_second_acts(number):
-    heard = []
-    before = signal.signal(number, lambda *_: heard.append("second"))
-    try:
-        with StopSignal() as stop:
-            assert not stop.requested
-            signal.raise_signal(number)
-            assert stop.requested
-            assert heard == []
-            signal.raise_signal(number)
-            assert heard == ["second"]
-        with StopSignal():
-            pass
-        signal.raise_signal(number)
-        assert heard == ["second", "second"]
-    finally:
-        signal.signal(number, before)
-
-
-def test_outside_the_main_thread_signals_are_left_alone():
-    handler, seen = signal.getsignal(signal.SIGTERM), []
-
-    def enter() -> None:
-        with StopSignal() as stop:
-            seen.append((signal.getsignal(signal.SIGTERM), stop.requested))
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert seen == [(handler, False)]

@@ -15,7 +15,8 @@ import pytest
 
 from jaxft.config import Config
 from jaxft.training import run_directory
-from jaxft.training.run_directory import FREE_KEYS, ROUNDING_KEYS, RunDirectoryError, open_run
+from jaxft.training.run_directory import RunDirectoryError, check_same, check_vacant, open_run
+from jaxft.training.same_run import FREE_KEYS, LENGTH_KEYS, ROUNDING_KEYS
 
 FINGERPRINTS = {"data": "d" * 64, "tokenizer": "t" * 64, "base": "b" * 64, "template": "c" * 64}
 
@@ -107,8 +108,20 @@ def test_the_output_directory_is_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunDirectoryError, match="file is a file, not a directory"):
         start(tmp_path / "file")
-    with pytest.raises(RunDirectoryError, match="file/run cannot be written: Not a directory; choose another"):
+    with pytest.raises(RunDirectoryError, match=r"file/run cannot be written: .*/file is a file; choose another"):
         start(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("below", ["", "deeper/run"])
+def test_a_link_to_nowhere_is_named(tmp_path, below):
+    (tmp_path / "scratch").symlink_to("/not/mounted")
+    for refused in (start, lambda path: check_vacant(path, False)):
+        with pytest.raises(RunDirectoryError, match="scratch is a link to /not/mounted, which does not exist; make"):
+            refused(tmp_path / "scratch" / below)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    with start(tmp_path / "link" / below):
+        pass
 
 
 def test_the_output_directory_cannot_be_written(tmp_path, monkeypatch):
@@ -157,8 +170,7 @@ def test_a_fingerprint_more_or_less_is_a_change(tmp_path):
     [
         ({"learning_rate": 1e-3}, "learning_rate: 0.0002 -> 0.001"),
         ({"seed": 7}, "seed: 42 -> 7"),
-        ({"max_steps": 10}, "max_steps: null -> 10"),
-        ({"num_train_epochs": 3.0}, "num_train_epochs: 1.0 -> 3.0"),
+        ({"warmup_steps": 10}, "warmup_steps: 0 -> 10"),
         ({"early_stopping_patience": 2}, "early_stopping_patience: null -> 2"),
         ({"datasets": ["b.jsonl"]}, "datasets.0.path: a.jsonl -> b.jsonl"),
         ({"datasets": ["a.jsonl", "b.jsonl"]}, "datasets.1.path: nothing -> b.jsonl"),
@@ -185,7 +197,7 @@ def test_all_changes_are_told_at_once(tmp_path):
 
 
 def test_what_does_not_decide_the_result_may_change(tmp_path, caplog):
-    assert set(Config.model_fields) >= FREE_KEYS | ROUNDING_KEYS
+    assert set(Config.model_fields) >= FREE_KEYS | ROUNDING_KEYS | LENGTH_KEYS
     started(tmp_path)
     changes = {
         "output_dir": "./o",
@@ -195,6 +207,7 @@ def test_what_does_not_decide_the_result_may_change(tmp_path, caplog):
         "save_steps": 10,
         "save_total_limit": 9,
         "max_nonfinite_steps": 50,
+        "load_best_model_at_end": False,
         "exact_match_samples": 3,
         "max_new_tokens": 5,
     }
@@ -203,11 +216,42 @@ def test_what_does_not_decide_the_result_may_change(tmp_path, caplog):
         assert run.resumed
         assert run.config_file.read_text() == config(**changes)
     assert not caplog.records
-    with start(tmp_path, resume=True, **changes, mesh={"fsdp": 8}, remat="none") as run:
+    other = {"mesh": {"fsdp": 8}, "remat": "none", "micro_batch_size": 2, "gradient_accumulation_steps": 8}
+    with start(tmp_path, resume=True, **changes, **other, max_steps=10, num_train_epochs=3.0) as run:
         assert run.resumed
     warned = [record.getMessage() for record in caplog.records]
     assert "resumed with another mesh.fsdp (1 -> 8): equal up to rounding" in warned
     assert "resumed with another remat (full -> none): equal up to rounding" in warned
+    assert "resumed with another micro_batch_size (1 -> 2): equal up to rounding" in warned
+
+
+@pytest.mark.parametrize(
+    "old, new, changes, advice",
+    [
+        (
+            "8",
+            "4",
+            {"micro_batch_size": 4},
+            "8 rows on 1 groups (data x fsdp x expert) are micro_batch_size: 4 with "
+            "gradient_accumulation_steps: 2, or another pair whose product is 8",
+        ),
+        (
+            "8",
+            "24",
+            {"micro_batch_size": 3, "gradient_accumulation_steps": 2},
+            "8 rows on 4 groups (data x fsdp x "
+            "expert) are micro_batch_size: 1 with gradient_accumulation_steps: 2, or another pair whose product is 2",
+        ),
+        ("8", "3", {}, "8 rows cannot be shared out among 3 groups (data x fsdp x expert): take another mesh"),
+    ],
+)
+def test_other_rows_of_an_update_are_refused_with_what_would_fit(tmp_path, caplog, old, new, changes, advice):
+    with start(tmp_path, fingerprints={"rows of an update": old}) as run:
+        (run.checkpoints / "5").mkdir(parents=True)
+    with pytest.raises(RunDirectoryError) as raised:
+        start(tmp_path, resume=True, fingerprints={"rows of an update": new}, **changes)
+    assert f"\n  the rows of an update changed: {old} -> {new}; {advice}\n" in str(raised.value)
+    assert not caplog.records, "nothing is said of a run that does not go on"
 
 
 def test_other_versions_and_devices_are_said(tmp_path, caplog):
@@ -218,6 +262,15 @@ def test_other_versions_and_devices_are_said(tmp_path, caplog):
         assert run.record["versions"]["jax"] == jax.__version__
     assert f"another versions.jax (0.1.2 -> {jax.__version__}): the last bits may differ" in caplog.text
     assert "another devices.count (4096 -> 8)" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["resumed", "fingerprints", "versions", "devices"])
+def test_a_record_with_something_else_in_it_is_damaged(tmp_path, key):
+    record = started(tmp_path)
+    for value in (None, 3, "x"):
+        (tmp_path / "run.json").write_text(json.dumps(record | {key: value}))
+        with pytest.raises(RunDirectoryError, match=rf"run\.json is damaged \({key} is {json.dumps(value)}\)"):
+            start(tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("text", ['{"run_id": "x', "[]", '{"run_id": "x"}', "\0" * 50])
@@ -234,6 +287,10 @@ def test_a_lost_or_damaged_config_is_an_error(tmp_path):
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(RunDirectoryError, match=r"config\.yaml is damaged"):
         start(tmp_path, resume=True)
+    for text, reason in {"": "it is empty", "- a": "it is not a mapping", "\n# x\n": "it is empty"}.items():
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(RunDirectoryError, match=rf"config\.yaml is damaged \({reason}\): .* unknown; put it back"):
+            start(tmp_path, resume=True)
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(RunDirectoryError, match=r"config\.yaml is missing"):
         start(tmp_path, resume=True)
@@ -272,11 +329,45 @@ def test_a_finished_run_is_not_started_again(tmp_path):
         run.finish({})
     with pytest.raises(RunDirectoryError, match="has finished, and there is no checkpoint"):
         start(tmp_path, resume=True)
-    other = tmp_path / "other"
-    with start(other) as run:
-        run.adapter.mkdir()
-    with pytest.raises(RunDirectoryError, match="has finished, and there is no checkpoint"):
-        start(other, resume=True)
+    for result in ("adapter", "model"):
+        other = tmp_path / f"other {result}"
+        with start(other) as run:
+            getattr(run, result).mkdir()
+        with pytest.raises(RunDirectoryError, match="has finished, and there is no checkpoint"):
+            start(other, resume=True)
+        with pytest.raises(RunDirectoryError, match="has finished, and there is no checkpoint"):
+            check_same(other, True, config(), FINGERPRINTS)
+
+
+def test_what_a_kill_in_the_export_left_is_removed(tmp_path):
+    started(tmp_path)
+    for name in (".adapter.5d2f.tmp", ".model.aa.tmp", "adapter"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("x")
+    with start(tmp_path, resume=True):
+        assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["adapter", "checkpoints"]
+
+
+# A look ahead
+
+
+def test_what_would_be_refused_is_seen_without_touching_anything(tmp_path):
+    check_vacant(tmp_path / "new" / "run", False)
+    check_same(tmp_path / "new" / "run", True, config(), FINGERPRINTS)
+    assert not (tmp_path / "new").exists()
+    started(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    check_vacant(tmp_path, True)
+    check_same(tmp_path, True, config(), FINGERPRINTS)
+    with pytest.raises(RunDirectoryError, match="set resume_from_checkpoint: true"):
+        check_vacant(tmp_path, False)
+    with pytest.raises(RunDirectoryError, match="seed: 42 -> 1"):
+        check_same(tmp_path, True, config(seed=1), FINGERPRINTS)
+    with pytest.raises(RunDirectoryError, match="the base changed"):
+        check_same(tmp_path, True, config(), {**FINGERPRINTS, "base": "x"})
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    with start(tmp_path, resume=True), pytest.raises(RunDirectoryError, match="in use by process"):
+        check_vacant(tmp_path, True)
 
 
 # One owner
