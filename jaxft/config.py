@@ -3,16 +3,18 @@
 `Config` is the only list of what a run can be told: every key has a type, a default and a line that says what
 it means. Types are strict (12.5 is no integer, "true" is no boolean), an unknown key is an error. What can be
 said in several ways (`adapter: dora` or `use_dora: true`, `load_in_4bit` or `quant_type`) is resolved once,
-here: after validation all spellings agree, and a dumped config loads to an equal one. Files, command lines
-and the names that other trainers use are the business of `jaxft.config_file`.
+here: after validation all spellings agree, and a dumped config loads to an equal one. Which keys exclude each
+other or have no effect is said in `jaxft.config_rules`. Files and command lines are the business of
+`jaxft.config_file`, the names that other trainers use that of `jaxft.config_names`.
 
 Paths are relative to the current directory and stay as written, but for `~`, which is home; addresses of buckets are no
 paths. Tokens have no key: the Hugging Face token
 comes from HF_TOKEN or `hf auth login`, and a value that looks like a token or a URL with a login is refused.
 """
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -29,6 +31,7 @@ from pydantic import (
     model_validator,
 )
 
+from jaxft.config_rules import contradictions, idle
 from jaxft.paths import local_path
 
 _TOKEN_START = r"\b(?:hf_|gh[oprsu]_|github_pat_|glpat-|sk-|xox[abp]-|AKIA)"
@@ -150,17 +153,6 @@ class MeshConfig(_Section):
 
 RematName = Literal["lora", "attention", "qkv", "attention_out", "mlp"]
 
-_OF_A_NEW_ADAPTER = (
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "lora_target_parameters",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-)
-
 
 class Config(_Section):
     """Everything a run is told. Frozen; after validation all spellings of one setting agree."""
@@ -280,11 +272,25 @@ class Config(_Section):
     exact_match_samples: NonNegativeInt = Field(
         0, description="Held-out examples that base and tuned model answer; scored by equality."
     )
+    sample_prompts: NonNegativeInt = Field(
+        5, description="Held-out prompts that base and tuned model answer for the report; 0 = none."
+    )
     max_new_tokens: PositiveInt = Field(128, description="Tokens in the longest generated answer.")
 
-    def to_yaml(self) -> str:
-        """All keys, resolved, in the order of the schema; loads to an equal config."""
-        return yaml.dump(self.model_dump(), Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
+    def to_yaml(self, adapter: Mapping[str, Any] | None = None) -> str:
+        """All keys that have an effect, resolved, in the order of the schema; loads to an equal config.
+
+        Those without stand at the end as comments that say why.
+
+        Args:
+            adapter: key -> value of the adapter in `adapter_name_or_path`; the comments show them.
+        """
+        without = {key: why for key, why, _ in idle(self)}
+        text = yaml.dump(self.model_dump(exclude=set(without)), Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
+        for key, why in without.items():
+            shown = f": {json.dumps(adapter[key])}" if adapter and key in adapter else ""
+            text += f"# {key}{shown} {why.partition(';')[0].replace('`', '')}\n"
+        return text
 
     @field_validator("model_name_or_path", "adapter_name_or_path", "chat_template", "output_dir")
     @classmethod
@@ -331,38 +337,6 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if found := list(self._contradictions()):
+        if found := list(contradictions(self)):
             raise ValueError("\n".join(found))
         return self
-
-    def _contradictions(self) -> Iterator[str]:
-        held_out = bool(self.eval_datasets or self.val_set_size)
-        load_in = (self.load_in_4bit, self.load_in_8bit)
-        if all(load_in):
-            yield "`load_in_4bit` and `load_in_8bit` are both true; keep one"
-        elif load_in != (self.quant_type in ("nf4", "int4"), self.quant_type == "int8"):
-            flags = "`load_in_4bit` is {} and `load_in_8bit` is {}".format(*(str(x).lower() for x in load_in))
-            yield f"`quant_type` is {self.quant_type}, but {flags}; keep one"
-        if self.use_double_quant and self.quant_type != "nf4":
-            yield "`use_double_quant` belongs to nf4; set `quant_type` to nf4 or drop it"
-        if self.quant_group_size != 64 and self.quant_type != "int4":
-            yield "`quant_group_size` belongs to int4; set `quant_type` to int4 or drop it"
-        if self.use_dora != (self.adapter == "dora"):
-            yield f"`use_dora` is {str(self.use_dora).lower()}, but `adapter` is {self.adapter}; keep one"
-        if self.adapter == "none" and self.quant_type is not None:
-            yield "`adapter` is none, but quantized weights cannot be trained; use lora or do not quantize"
-        if self.adapter == "none" and self.adapter_name_or_path is not None:
-            yield "`adapter` is none, so nothing can go on from `adapter_name_or_path`; drop one of them"
-        if self.adapter_name_or_path is not None:
-            idle = [key for key in _OF_A_NEW_ADAPTER if getattr(self, key) != type(self).model_fields[key].default]
-            for key in idle:
-                yield f"`{key}` is that of the adapter in `adapter_name_or_path`; drop one of them"
-        if "activations" in self.offload and self.remat == "none":
-            yield "`offload` has activations, but `remat` is none; set it to full, dots or a list of names"
-        if self.eval_datasets and self.val_set_size:
-            yield "`eval_datasets` and `val_set_size` are both given; keep one"
-        if self.warmup_ratio and self.warmup_steps:
-            yield "`warmup_ratio` and `warmup_steps` are both given; keep one"
-        for key in ("early_stopping_patience", "exact_match_samples"):
-            if getattr(self, key) and not held_out:
-                yield f"`{key}` needs held-out examples; give `eval_datasets` or `val_set_size`"

@@ -13,6 +13,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from jaxft.config import SECRET, SECRET_LIKE, Config
+from jaxft.config_names import OF_A_SOURCE, advice
 
 COMMAND_LINE = "command line"
 _PHRASES = {
@@ -83,6 +84,8 @@ def _reason(path: KeyPath, found: list[Any], other_names: Sequence[str]) -> str:
     kind, value, last = found[0]["type"], found[0]["input"], str(path[-1])
     if value is None and ":" in last:  # {fsdp:8}, which YAML reads as {"fsdp:8": null}
         return "lacks a space after the colon"
+    if kind == "extra_forbidden" and len(path) == 3 and last in OF_A_SOURCE:
+        return f"has no counterpart here: {OF_A_SOURCE[last]}"
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(last, _names_in(path[:-1], other_names), n=1)
         return f"unknown key; did you mean `{near[0]}`?" if near else "unknown key"
@@ -91,7 +94,8 @@ def _reason(path: KeyPath, found: list[Any], other_names: Sequence[str]) -> str:
     if kind == "value_error":
         return str(found[0]["ctx"]["error"]) + ("" if isinstance(value, list | dict) else got(value))
     phrases = (_PHRASES.get(f["type"], f["msg"].replace("Input should be", "must be")) for f in found)
-    return " or ".join(dict.fromkeys(phrases)).replace(" or must be ", " or ") + got(value)
+    wrong = " or ".join(dict.fromkeys(phrases)).replace(" or must be ", " or ") + got(value)
+    return "; ".join(filter(None, (wrong, advice(last, value))))
 
 
 def _names_in(path: KeyPath, other_names: Sequence[str]) -> list[str]:

@@ -1,14 +1,16 @@
 """From a YAML file and `key=value` words to a checked `Config`.
 
 Read, merge, check. The file is YAML with the scalars of YAML 1.2 (`1e-4` is a number, `no` is a string), no
-tags and no duplicate keys. Names that other trainers use become ours (`ALIASES`, `TRANSLATIONS`); two
+tags and no duplicate keys. Names and values that other trainers use become ours (`config_names`); two
 spellings of one key may agree but not differ. The command line then replaces what the file says about the
 same thing, however each of them spells it. What the schema then finds is put into words by `config_errors`.
+What is given and has no effect, but asks for nothing either, is told in a warning.
 """
 
 import copy
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
 
@@ -17,47 +19,11 @@ from pydantic import BaseModel, ValidationError
 
 from jaxft.config import SECRET_LIKE, Config, ConfigError, YamlDumper
 from jaxft.config_errors import COMMAND_LINE, KeyPath, dotted, explain, got, show
+from jaxft.config_names import ALIASES, ELSEWHERE, NEEDS, TRANSLATIONS, is_off, meaning
+from jaxft.config_rules import idle
 
-#: Other trainers' names for our keys.
-ALIASES: dict[str, str] = {
-    "base_model": "model_name_or_path",
-    "model": "model_name_or_path",
-    "revision": "model_revision",
-    "torch_dtype": "dtype",
-    "bnb_4bit_quant_type": "quant_type",
-    "bnb_4bit_use_double_quant": "use_double_quant",
-    "peft_use_dora": "use_dora",
-    "lora_rank": "lora_r",
-    "r": "lora_r",
-    "lora_target": "lora_target_modules",
-    "target_modules": "lora_target_modules",
-    "peft_use_rslora": "use_rslora",
-    "lora_model_dir": "adapter_name_or_path",
-    "val_size": "val_set_size",
-    "sequence_len": "max_length",
-    "cutoff_len": "max_length",
-    "max_seq_length": "max_length",
-    "sample_packing": "packing",
-    "per_device_train_batch_size": "micro_batch_size",
-    "batch_size": "micro_batch_size",
-    "clip_grad_norm": "max_grad_norm",
-    "lr_scheduler": "lr_scheduler_type",
-    "num_epochs": "num_train_epochs",
-    "epochs": "num_train_epochs",
-}
-#: Other trainers' keys whose values differ from ours too: value there -> (our key, our value).
-TRANSLATIONS: dict[str, dict[str | int | bool, tuple[str, str | bool]]] = {
-    "quantization_bit": {4: ("load_in_4bit", True), 8: ("load_in_8bit", True)},
-    "finetuning_type": {
-        "lora": ("adapter", "lora"),
-        "full": ("adapter", "none"),
-        "none": ("adapter", "none"),
-    },
-    "use_peft": {True: ("adapter", "lora"), False: ("adapter", "none")},
-    "train_on_inputs": {True: ("assistant_only_loss", False), False: ("assistant_only_loss", True)},
-    "gradient_checkpointing": {True: ("remat", "full"), False: ("remat", "none")},
-    "activation_offloading": {True: ("offload", ["activations"]), False: ("offload", [])},
-}
+logger = logging.getLogger(__name__)
+
 # Keys that say one thing in several ways: an override of one takes back what the file says by the others.
 _SPELLINGS = [{"adapter", "use_dora"}, {"load_in_4bit", "load_in_8bit", "quant_type"}]
 # Keys that exclude each other: the same, unless the override only switches its own key off (null, 0, []).
@@ -85,20 +51,43 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
         where, pairs = "config", _without_paths(source).items()
     else:
         where, pairs = os.fspath(source), _read(Path(source).expanduser()).items()
-    from_file = _canonical(where, (((key,), _Given(str(key), value)) for key, value in pairs))
-    from_line = _canonical(COMMAND_LINE, map(_parse_override, overrides))
+    problems: list[str] = []
+    from_file = _canonical(where, (((key,), _Given(str(key), value)) for key, value in pairs), problems)
+    from_line = _canonical(COMMAND_LINE, map(_parse_override, overrides), problems)
 
     replaced = {key for path, given in from_line.items() for key in _replaced_by(path[0], given.value)}
     tree = {path[0]: copy.deepcopy(given.value) for path, given in from_file.items() if path[0] not in replaced}
     for path, given in sorted(from_line.items(), key=lambda item: len(item[0])):  # wholes before their parts
         _assign(tree, path, given)
+    names = {path[0]: given.written for path, given in (from_file | from_line).items()}
+    spelt = {key: name for key, name in names.items() if name != key and "." not in name}
+    config = None
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
-        names = {path[0]: given.written for path, given in (from_file | from_line).items()}
-        spelt = {key: name for key, name in names.items() if name in ALIASES or name in TRANSLATIONS}
-        lines = explain(error, tree, where, spelt, list(from_line), [*ALIASES, *TRANSLATIONS])
-        raise ConfigError("\n".join(lines)) from None
+        problems += explain(error, tree, where, spelt, list(from_line), [*ALIASES, *TRANSLATIONS])
+    if config is None or problems:
+        raise ConfigError("\n".join(problems))
+    _tell(config, tree, spelt, {path[0] for path in from_line})
+    return config
+
+
+def _tell(config: Config, tree: Mapping[str, Any], spelt: Mapping[str, str], overridden: Set[str]) -> None:
+    """Warn of what the user wrote and might take for more than it is; not of what takes a key of the file back."""
+    for key, why, _ in idle(config):
+        if key == "adapter":
+            continue  # `adapter: lora` is true of what goes on from an adapter, too
+        taken_back = key in overridden and getattr(config, key) == Config.model_fields[key].default
+        if not (is_off(tree.get(key)) or taken_back):
+            logger.warning("%s %s", spelt.get(key, key), why.replace("`", ""))
+    if len(config.datasets) == 1 and config.datasets[0].weight is not None:
+        logger.warning("weight of datasets.0 has no effect: there is no other source")
+    if "lora_r" in tree and "lora_alpha" not in tree and config.lora_alpha != 2 * config.lora_r:
+        logger.warning(
+            "lora_alpha is not given, so it is %g, whatever lora_r is (%d here); other trainers take 2 x lora_r, or 8",
+            config.lora_alpha,
+            config.lora_r,
+        )
 
 
 # Reading
@@ -171,27 +160,42 @@ def _without_paths(value: Any) -> Any:
 # Merging
 
 
-def _canonical(where: str, pairs: Iterable[tuple[KeyPath, _Given]]) -> dict[KeyPath, _Given]:
-    """The same settings under our own keys. Raises ConfigError where two spellings of one key differ."""
+def _canonical(where: str, pairs: Iterable[tuple[KeyPath, _Given]], problems: list[str]) -> dict[KeyPath, _Given]:
+    """The same settings under our own keys.
+
+    Args:
+        problems: gets a line for each key that is not understood, and where two spellings of one key differ.
+    """
     found: dict[KeyPath, _Given] = {}
-    problems = []
+    needed: list[tuple[str, Any, str]] = []
     for path, (written, value) in pairs:
-        if path[0] in TRANSLATIONS:
-            choices = TRANSLATIONS[path[0]]
+        head = path[0]
+        if head in ELSEWHERE:
+            if not is_off(value):
+                problems.append(f"{where}: {written}: has no counterpart here: {ELSEWHERE[head]}")
+            continue
+        if head in TRANSLATIONS:
+            choices = TRANSLATIONS[head]
             meant = [ours for theirs, ours in choices.items() if theirs == value and type(theirs) is type(value)]
             if not meant:
                 problems.append(f"{where}: {written}: must be {' or '.join(map(show, choices))}{got(value)}")
                 continue
-            path, value = meant[0][:1], meant[0][1]
+            settings = {(key,): part for key, part in meant[0].items()}
+            if key := NEEDS.get((head, value)):
+                needed.append((written, value, key))
+        elif len(path) == 1:
+            settings = {(key,): part for key, part in meaning(ALIASES.get(head, head), value).items()}
         else:
-            path = (ALIASES.get(path[0], path[0]), *path[1:])
-        if path not in found:
-            found[path] = _Given(written, value)
-        elif found[path].value != value:
-            spellings = " and ".join(dict.fromkeys((found[path].written, written)))
-            problems.append(f"{where}: {dotted(path)}: has two values, given as {spellings}; keep one")
-    if problems:
-        raise ConfigError("\n".join(problems))
+            settings = {(ALIASES.get(head, head), *path[1:]): value}
+        for key, part in settings.items():
+            if key not in found:
+                found[key] = _Given(written, part)
+            elif found[key].value != part:
+                spellings = " and ".join(dict.fromkeys((found[key].written, written)))
+                problems.append(f"{where}: {dotted(key)}: has two values, given as {spellings}; keep one")
+    for written, value, key in needed:
+        if (key,) not in found:
+            problems.append(f"{where}: {written}: {value} needs `{key}`, the number of updates between two; give it")
     return found
 
 

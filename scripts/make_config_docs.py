@@ -7,13 +7,14 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from jaxft.config import Config, DatasetConfig, MeshConfig
-from jaxft.config_file import ALIASES, TRANSLATIONS
+from jaxft.config_names import ALIASES, TRANSLATIONS, VALUES
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 OPENING = """# Keys of a config
 
 A config is a flat YAML file; any key can also be given on the command line as `key=value` (`mesh.fsdp=8`,
-`datasets.0.weight=2`, `lora_target_modules=[q_proj, v_proj]`). This page is written by `scripts/make_config_docs.py`.
+`datasets.0.weight=2`, `lora_target_modules=[q_proj, v_proj]`). A key that would have no effect on the run is an error,
+or a warning where it asks for nothing. This page is written by `scripts/make_config_docs.py`.
 """
 
 
@@ -34,11 +35,11 @@ def shown(value: object) -> str:
 
 
 def translations() -> str:
-    rows = ["| key elsewhere | value | here |", "|---|---|---|"]
-    for key, choices in TRANSLATIONS.items():
-        rows += [
-            f"| `{key}` | `{shown(theirs)}` | `{name}: {shown(ours)}` |" for theirs, (name, ours) in choices.items()
-        ]
+    rows = ["| key | value elsewhere | here |", "|---|---|---|"]
+    for key, choices in (TRANSLATIONS | VALUES).items():
+        for theirs, settings in choices.items():
+            here = ", ".join(f"`{name}: {shown(ours)}`" for name, ours in settings.items()) or "so in any case"
+            rows.append(f"| `{key}` | `{shown(theirs)}` | {here} |")
     return "\n".join(rows)
 
 
@@ -52,7 +53,7 @@ def page() -> str:
                 table(DatasetConfig),
                 "## `mesh`",
                 table(MeshConfig),
-                "## Keys of other trainers that are understood",
+                "## Keys and values of other trainers that are understood",
                 translations(),
             ]
         )

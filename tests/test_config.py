@@ -12,6 +12,7 @@ from pydantic import ValidationError
 import jaxft.config
 from jaxft.config import Config, ConfigError, DatasetConfig, MeshConfig
 from jaxft.config_file import load_config
+from jaxft.config_rules import OF_A_NEW_ADAPTER
 
 BASE = {"model_name_or_path": "org/model", "datasets": ["train.jsonl"], "output_dir": "runs/a"}
 HELD_OUT = {"eval_datasets": ["eval.jsonl"]}
@@ -59,12 +60,13 @@ def test_config_is_frozen():
             setattr(section, key, 8)
 
 
-def test_the_schema_imports_nothing_of_jaxft_but_what_a_path_is():
+def test_the_schema_imports_its_rules_and_what_a_path_is_alone():
     nodes = list(ast.walk(ast.parse(Path(jaxft.config.__file__).read_text())))
     modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
     modules += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     assert "pydantic" in modules
-    assert [module for module in modules if module.split(".")[0] == "jaxft"] == ["jaxft.paths"]
+    ours = [module for module in modules if module.split(".")[0] == "jaxft"]
+    assert ours == ["jaxft.config_rules", "jaxft.paths"]
 
 
 # Types and limits
@@ -260,6 +262,18 @@ def test_dora(given, adapter):
     ({"warmup_ratio": 0.1, "warmup_steps": 5}, "warmup_ratio and warmup_steps are both given"),
     ({"early_stopping_patience": 3}, "early_stopping_patience needs held-out examples"),
     ({"exact_match_samples": 3}, "exact_match_samples needs held-out examples"),
+    ({"eval_steps": 5}, "eval_steps needs held-out examples"),
+    ({"adapter": "none", "lora_r": 8}, "lora_r is that of an adapter, but adapter is none"),
+    ({"adapter": "none", "lora_alpha": 8}, "lora_alpha is that of an adapter, but adapter is none"),
+    ({"adapter": "none", "lora_dropout": 0.1}, "lora_dropout is that of an adapter, but adapter is none"),
+    ({"adapter": "none", "use_rslora": True}, "use_rslora is that of an adapter, but adapter is none"),
+    ({"adapter": "none", "rank_pattern": {"q_proj": 4}}, "rank_pattern is that of an adapter, but adapter is none"),
+    ({"adapter": "none", "lora_target_modules": ["q_proj"]}, "lora_target_modules is that of an adapter"),
+    ({"adapter": "none", "remat": ["lora", "mlp"]}, "remat keeps lora, but adapter is none"),
+    ({"adapter": "dora", "adapter_name_or_path": "a"}, "adapter and use_dora are those of the adapter in"),
+    ({"use_dora": True, "adapter_name_or_path": "a"}, "adapter and use_dora are those of the adapter in"),
+    ({"eval_datasets": ["a", {"path": "b", "weight": 2}]}, "weight of eval_datasets.1 has no effect"),
+    ({"quant_group_size": 128}, "quant_group_size belongs to int4"),
 ])  # fmt: skip
 def test_contradictions(given, problem):
     message = complaint(**given)
@@ -267,6 +281,77 @@ def test_contradictions(given, problem):
     assert "\n" not in message
     with pytest.raises(ValidationError):
         Config(**(BASE | given))
+
+
+# Keys without an effect
+
+
+@pytest.mark.parametrize("given, told", [
+    ({"max_steps": 5, "num_train_epochs": 3}, ["num_train_epochs has no effect beside max_steps"]),
+    ({"max_new_tokens": 9}, ["max_new_tokens has no effect, as the model is asked nothing"]),
+    ({"val_set_size": 2, "sample_prompts": 0, "max_new_tokens": 9}, ["max_new_tokens has no effect"]),
+    ({"load_best_model_at_end": True}, ["load_best_model_at_end needs held-out examples"]),
+    ({"sample_prompts": 3}, ["sample_prompts needs held-out examples"]),
+    ({"finetuning_type": "full", "lora_rank": 16, "lora_alpha": 32.0},
+     ["lora_rank is that of an adapter", "lora_alpha is that of an adapter"]),
+    ({"adapter_name_or_path": "a", "adapter": "lora", "lora_target": "all"},
+     ["lora_target is that of the adapter"]),
+    ({"quant_type": "nf4", "quant_group_size": 64}, ["quant_group_size belongs to int4"]),
+    ({"datasets": [{"path": "a", "weight": 2}]}, ["weight of datasets.0 has no effect"]),
+    ({"lora_r": 64}, ["lora_alpha is not given, so it is 32, whatever lora_r is (64 here)"]),
+    ({"lora_r": 64, "lora_alpha": 16}, []),
+    ({"lora_r": 16}, []),
+    ({"val_set_size": 2, "exact_match_samples": 3, "sample_prompts": 0, "max_new_tokens": 9}, []),
+    ({"adapter": "none", "use_rslora": False, "lora_dropout": 0.0, "load_best_model_at_end": False,
+      "exact_match_samples": 0, "eval_steps": None, "use_dora": False}, []),
+    ({"datasets": [{"path": "a", "weight": 2}, {"path": "b", "weight": 1}]}, []),
+])  # fmt: skip
+def test_what_is_given_and_has_no_effect_is_told(caplog, given, told):
+    load_config(BASE | given)
+    assert len(caplog.messages) == len(told)
+    for message, beginning in zip(caplog.messages, told, strict=True):
+        assert message.startswith(beginning)
+
+
+def test_the_command_line_may_take_back_what_has_no_effect_now(caplog):
+    load_config(BASE | {"lora_r": 8, "lora_alpha": 16}, ["adapter=none", "lora_r=16", "lora_alpha=32"])
+    assert not caplog.messages
+    load_config(BASE, ["max_new_tokens=9"])
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    "given, without",
+    [
+        ({"max_steps": 5}, {"num_train_epochs"}),
+        ({"adapter": "none"}, {*OF_A_NEW_ADAPTER}),
+        ({"adapter_name_or_path": "a"}, {"adapter", "use_dora", *OF_A_NEW_ADAPTER}),
+        ({"load_in_8bit": True}, set()),
+    ],
+)
+@pytest.mark.parametrize("held_out", [True, False])
+def test_what_has_no_effect_is_a_comment_in_a_written_config(tmp_path, caplog, given, without, held_out):
+    idle = without | {"quant_group_size"}
+    if not held_out:
+        idle |= {"early_stopping_patience", "exact_match_samples", "eval_steps", "sample_prompts", "max_new_tokens"}
+        idle |= {"load_best_model_at_end"}
+    config = load_config(BASE | given | (HELD_OUT if held_out else {}))
+    text = config.to_yaml()
+    assert set(re.findall(r"^(\w+):", text, re.MULTILINE)) == {*Config.model_fields} - idle
+    assert set(re.findall(r"^# (\w+) .{10,}", text, re.MULTILINE)) == idle
+    (tmp_path / "dump.yaml").write_text(text)
+    caplog.clear()
+    assert load_config(tmp_path / "dump.yaml") == config
+    assert not caplog.messages
+
+
+def test_a_written_config_shows_the_adapter_it_goes_on_from():
+    config = load_config(BASE | {"adapter_name_or_path": "a"})
+    text = config.to_yaml({"use_dora": True, "lora_r": 8, "lora_target_modules": ["q_proj", "v\n_proj"]})
+    assert "# use_dora: true is that of the adapter in adapter_name_or_path\n" in text
+    assert "# lora_r: 8 is that of the adapter in adapter_name_or_path\n" in text
+    assert '# lora_target_modules: ["q_proj", "v\\n_proj"] is that of' in text
+    assert "# lora_alpha is that of" in text
 
 
 def test_contradictions_are_reported_together():
@@ -391,13 +476,14 @@ TEXT = st.text(min_size=1, max_size=12) | st.sampled_from([
 ])
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 COUNT = st.integers(1, 10**12)
-SOURCE = TEXT | st.fixed_dictionaries({"path": TEXT}, optional={
+OF_A_SOURCE = {
     "type": st.sampled_from([None, "messages", "sharegpt", "alpaca", "completion", "text"]),
     "split": st.none() | TEXT,
-    "weight": st.none() | POSITIVE,
     "columns": st.dictionaries(TEXT, TEXT, max_size=3),
     "max_examples": st.none() | COUNT,
-})
+}
+UNWEIGHTED = TEXT | st.fixed_dictionaries({"path": TEXT}, optional=OF_A_SOURCE)
+SOURCE = UNWEIGHTED | st.fixed_dictionaries({"path": TEXT, "weight": POSITIVE}, optional=OF_A_SOURCE)
 METHOD = st.sampled_from([
     {}, {"load_in_4bit": True, "adapter": "dora"}, {"load_in_8bit": True, "use_dora": True},
     {"quantization_bit": 4, "use_double_quant": True}, {"quant_type": "int4", "quant_group_size": 128},
@@ -405,8 +491,8 @@ METHOD = st.sampled_from([
 ])
 EVALUATION = st.one_of(
     st.just({}),
-    st.fixed_dictionaries({"eval_datasets": st.lists(SOURCE, min_size=1, max_size=2)},
-                          optional={"early_stopping_patience": COUNT}),
+    st.fixed_dictionaries({"eval_datasets": st.lists(UNWEIGHTED, min_size=1, max_size=2)},
+                          optional={"early_stopping_patience": COUNT, "eval_steps": COUNT}),
     st.fixed_dictionaries({"val_set_size": COUNT | st.floats(0.001, 0.999)},
                           optional={"exact_match_samples": COUNT}),
 )
@@ -442,6 +528,8 @@ REST = st.fixed_dictionaries({
 @given(parts=st.tuples(REST, METHOD, EVALUATION, WARMUP))
 def test_any_valid_config_dumps_and_loads_to_an_equal_one(tmp_path, parts):
     source = {key: value for part in parts for key, value in part.items()}
+    if source.get("finetuning_type") == "full":
+        source = {key: value for key, value in source.items() if key not in OF_A_NEW_ADAPTER}
     config = load_config(source)
     path = tmp_path / "dump.yaml"
     path.write_bytes(config.to_yaml().encode())

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from jaxft.config import Config, ConfigError, DatasetConfig, MeshConfig
-from jaxft.config_file import ALIASES, TRANSLATIONS, load_config
+from jaxft.config_file import load_config
+from jaxft.config_names import ADVICE, ALIASES, ELSEWHERE, NEEDS, OF_A_SOURCE, TRANSLATIONS, VALUES
 
 BASE = {"model_name_or_path": "org/model", "datasets": ["train.jsonl"], "output_dir": "runs/a"}
 BASE_YAML = "model_name_or_path: org/model\ndatasets: [train.jsonl]\noutput_dir: runs/a\n"
@@ -17,20 +19,24 @@ HELD_OUT = {"eval_datasets": ["eval.jsonl"]}
 OTHER_NAMES = [
     ("model_name_or_path", ["base_model", "model"], "org/other"),
     ("model_revision", ["revision"], "v2"),
-    ("dtype", ["torch_dtype"], "float32"),
+    ("dtype", ["torch_dtype", "bnb_4bit_compute_dtype"], "float32"),
     ("quant_type", ["bnb_4bit_quant_type"], "int4"),
-    ("use_double_quant", ["bnb_4bit_use_double_quant"], True),
+    ("use_double_quant", ["bnb_4bit_use_double_quant", "double_quantization", "use_bnb_nested_quant"], True),
     ("use_dora", ["peft_use_dora"], True),
     ("lora_r", ["lora_rank", "r"], 7),
     ("lora_target_modules", ["lora_target", "target_modules"], ["q_proj", "up_proj"]),
+    ("lora_target_parameters", ["target_parameters"], ["mlp.experts.down_proj"]),
     ("use_rslora", ["peft_use_rslora"], True),
     ("adapter_name_or_path", ["lora_model_dir"], "runs/b"),
     ("val_set_size", ["val_size"], 0.25),
     ("max_length", ["sequence_len", "cutoff_len", "max_seq_length"], 333),
-    ("packing", ["sample_packing"], True),
+    ("packing", ["sample_packing", "neat_packing"], True),
+    ("eval_datasets", ["test_datasets"], [DatasetConfig(path="b.jsonl")]),
+    ("chat_template", ["chat_template_path", "chat_template_jinja"], "chatml"),
     ("micro_batch_size", ["per_device_train_batch_size", "batch_size"], 6),
     ("max_grad_norm", ["clip_grad_norm"], 0.5),
     ("lr_scheduler_type", ["lr_scheduler"], "linear"),
+    ("optim", ["optimizer"], "adamw"),
     ("num_train_epochs", ["num_epochs", "epochs"], 2.5),
 ]
 TRANSLATED = [
@@ -41,6 +47,33 @@ TRANSLATED = [
     ("finetuning_type", "none", {"adapter": "none", "use_dora": False}),
     ("use_peft", True, {"adapter": "lora"}),
     ("use_peft", False, {"adapter": "none"}),
+    ("quantization_method", "bnb", {"quant_type": None}),
+    ("quantization_method", "bitsandbytes", {"quant_type": None}),
+    ("lora_target_linear", True, {"lora_target_modules": "all-linear"}),
+    ("lora_target_linear", False, {"lora_target_modules": "all-linear"}),
+    ("bf16", True, {"dtype": "bfloat16"}),
+    ("bf16", "auto", {"dtype": "bfloat16"}),
+    ("bf16", False, {"dtype": "float32"}),
+    ("bf16", None, {"dtype": "bfloat16"}),
+    ("pure_bf16", True, {"dtype": "bfloat16"}),
+    ("pure_bf16", False, {"dtype": "bfloat16"}),
+    ("train_on_prompt", True, {"assistant_only_loss": False}),
+    ("train_on_prompt", False, {"assistant_only_loss": True}),
+    ("save_strategy", "epoch", {"save_steps": None}),
+    ("eval_strategy", "epoch", {"eval_steps": None}),
+    ("eval_strategy", "no", {"eval_datasets": [], "val_set_size": 0}),
+    ("evaluation_strategy", "epoch", {"eval_steps": None}),
+    ("evaluation_strategy", "no", {"eval_datasets": [], "val_set_size": 0}),
+    ("logging_strategy", "steps", {"logging_steps": 10}),
+    ("metric_for_best_model", "eval_loss", {"load_best_model_at_end": True}),
+    ("metric_for_best_model", "loss", {"load_best_model_at_end": True}),
+    ("metric_for_best_model", None, {"load_best_model_at_end": True}),
+    ("stage", "sft", {}),
+    ("do_train", True, {}),
+    ("task_type", "CAUSAL_LM", {}),
+    ("peft_type", "LORA", {"adapter": "lora"}),
+    ("bias", "none", {}),
+    ("init_lora_weights", True, {}),
     ("train_on_inputs", True, {"assistant_only_loss": False}),
     ("train_on_inputs", False, {"assistant_only_loss": True}),
     ("gradient_checkpointing", True, {"remat": "full"}),
@@ -73,12 +106,28 @@ def complaint(source, overrides=()) -> str:
 
 def test_the_tables_of_other_names_are_complete_and_point_at_keys():
     assert {alias: key for key, aliases, _ in OTHER_NAMES for alias in aliases} == ALIASES
-    assert [(name, value) for name, value, _ in TRANSLATED] == [
-        (name, value) for name, choices in TRANSLATIONS.items() for value in choices
-    ]
-    targets = {key for choices in TRANSLATIONS.values() for key, _ in choices.values()} | {*ALIASES.values()}
+    meanings = {
+        (name, value): ours
+        for table in (TRANSLATIONS, VALUES)
+        for name, values in table.items()
+        for value, ours in values.items()
+    }
+    written_down = {(name, value) for name, value, _ in TRANSLATED + OTHER_VALUES}
+    assert written_down | {*NEEDS} == {*meanings}
+    targets = {key for settings in meanings.values() for key in settings} | {*ALIASES.values(), *NEEDS.values()}
     assert targets <= {*Config.model_fields}
-    assert not {*ALIASES, *TRANSLATIONS} & {*Config.model_fields}
+    assert {*VALUES, *ADVICE} <= {*Config.model_fields, *DatasetConfig.model_fields}
+    tables = [*ALIASES, *TRANSLATIONS, *ELSEWHERE, *Config.model_fields]
+    assert len({*tables}) == len(tables), "each name has one meaning"
+    assert not {*OF_A_SOURCE} & {*DatasetConfig.model_fields}
+
+
+@pytest.mark.parametrize(
+    "text", [*ELSEWHERE.values(), *OF_A_SOURCE.values(), *(t for a in ADVICE.values() for _, t in a)]
+)
+def test_advice_names_keys_that_there_are(text):
+    for key in re.findall(r"`(\w+)", text):
+        assert key in {*Config.model_fields, *DatasetConfig.model_fields, "messages"}, key
 
 
 @pytest.mark.parametrize(
@@ -89,13 +138,46 @@ def test_alias(alias, key, value):
     if key == "use_double_quant":
         base["quant_type"] = "nf4"
     plain = load_config(base | {key: value})
-    assert getattr(plain, key) == value != Config.model_fields[key].default
+    if key == "optim":
+        assert Config.model_fields[key].default == value  # there is one
+    else:
+        assert value != Config.model_fields[key].default
+    assert getattr(plain, key) == value
     assert load_config(base | {alias: value}) == plain
     assert load_config(base | {alias: value, key: value}) == plain
-    assert load_config(BASE | base, [f"{alias}={json.dumps(value)}"]) == plain
+    written = [value[0].model_dump()] if key == "eval_datasets" else value
+    assert load_config(BASE | base, [f"{alias}={json.dumps(written)}"]) == plain
 
 
-@pytest.mark.parametrize("name, value, expected", TRANSLATED)
+OTHER_VALUES = [
+    ("adapter", "qlora", {"adapter": "lora", "quant_type": "nf4"}),
+    ("dtype", "torch.bfloat16", {"dtype": "bfloat16"}),
+    ("dtype", "bf16", {"dtype": "bfloat16"}),
+    ("dtype", "torch.float32", {"dtype": "float32"}),
+    ("dtype", "fp32", {"dtype": "float32"}),
+    ("dtype", "float", {"dtype": "float32"}),
+    ("lora_target_modules", "all", {"lora_target_modules": "all-linear"}),
+    ("chat_template", "tokenizer_default", {"chat_template": None}),
+    ("lr_scheduler_type", "constant_with_warmup", {"lr_scheduler_type": "constant"}),
+    ("max_steps", -1, {"max_steps": None}),
+    ("resume_from_checkpoint", None, {"resume_from_checkpoint": False}),
+]
+MORE_VALUES = [
+    ("lora_target", "all", {"lora_target_modules": "all-linear"}),
+    ("lora_target", "q_proj,v_proj", {"lora_target_modules": ["q_proj", "v_proj"]}),
+    ("target_modules", "q_proj, mlp.up_proj ", {"lora_target_modules": ["q_proj", "mlp.up_proj"]}),
+    ("lora_target", "q_proj", {"lora_target_modules": ["q_proj"]}),
+    ("lora_target_modules", r".*\.(q|v)_proj", {"lora_target_modules": r".*\.(q|v)_proj"}),
+    ("lora_target_modules", r".*\d{1,2}.q_proj", {"lora_target_modules": r".*\d{1,2}.q_proj"}),
+    ("lora_target_modules", "all-linear", {"lora_target_modules": "all-linear"}),
+    ("torch_dtype", "torch.bfloat16", {"dtype": "bfloat16"}),
+    ("bnb_4bit_compute_dtype", "bfloat16", {"dtype": "bfloat16"}),
+    ("lr_scheduler", "constant_with_warmup", {"lr_scheduler_type": "constant"}),
+    ("optimizer", "adamw_torch_fused", {"optim": "adamw"}),
+]
+
+
+@pytest.mark.parametrize("name, value, expected", TRANSLATED + OTHER_VALUES + MORE_VALUES)
 def test_translation(name, value, expected):
     for config in (load_config(BASE | {name: value}), load_config(BASE, [f"{name}={json.dumps(value)}"])):
         assert {key: getattr(config, key) for key in expected} == expected
@@ -127,6 +209,126 @@ def test_translation_of_an_unknown_value(given, problem):
 )
 def test_other_names_for_the_adapter_combine(given, adapter):
     assert load_config(BASE | given).adapter == adapter
+
+
+LLAMA_FACTORY = """model_name_or_path: org/model
+trust_remote_code: true
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+dataset: identity,alpaca_en_demo
+template: llama3
+cutoff_len: 2048
+max_samples: 1000
+overwrite_cache: true
+preprocessing_num_workers: 16
+output_dir: runs/a
+save_strategy: steps
+plot_loss: true
+overwrite_output_dir: true
+report_to: none
+flash_attn: fa2
+additional_target: embed_tokens,lm_head
+per_device_eval_batch_size: 1
+lr_scheduler_type: cosine_with_restarts
+optim: paged_adamw_8bit
+bf16: true
+fp16: false
+deepspeed:
+resume_from_checkpoint: null
+"""
+AXOLOTL = """base_model: org/model
+model_type: LlamaForCausalLM
+load_in_4bit: true
+strict: false
+datasets:
+  - {path: a.jsonl, type: chat_template, field_messages: conversations}
+  - {path: b.jsonl, type: alpaca_chat.load_qa}
+output_dir: runs/a
+adapter: qlora
+sequence_len: 4096
+sample_packing: "true"
+eval_sample_packing: false
+pad_to_sequence_len: true
+lora_modules_to_save: [embed_tokens]
+wandb_project: mine
+wandb_entity:
+optimizer: adamw_bnb_8bit
+eval_steps: 0.1
+val_set_size: 0.05
+fp16: true
+tf32: false
+gradient_checkpointing_kwargs: {use_reentrant: false}
+flash_attention: true
+evals_per_epoch: 4
+special_tokens: {pad_token: <pad>}
+resume_from_checkpoint: runs/checkpoint-100
+"""
+
+
+@pytest.mark.parametrize("text, wrong, advised", [
+    (LLAMA_FACTORY,
+     {"trust_remote_code", "dataset", "template", "max_samples", "overwrite_cache", "preprocessing_num_workers",
+      "save_strategy", "plot_loss", "overwrite_output_dir", "flash_attn", "additional_target",
+      "per_device_eval_batch_size", "lr_scheduler_type", "optim", "datasets"},
+     ["template: has no counterpart here: the model's own chat template is used; drop it, or set `chat_template`",
+      "dataset: has no counterpart here: sources are a list: `datasets: [{path: train.jsonl}]`",
+      "save_strategy: steps needs `save_steps`, the number of updates between two; give it",
+      'optim: must be \'adamw\' (got "paged_adamw_8bit"); the optimizer is AdamW; `offload: [optimizer]` keeps']),
+    (AXOLOTL,
+     {"model_type", "sample_packing (packing)", "datasets.0.type", "datasets.0.field_messages", "datasets.1.type",
+      "pad_to_sequence_len", "lora_modules_to_save", "wandb_project", "optimizer (optim)", "eval_steps", "fp16",
+      "gradient_checkpointing_kwargs", "flash_attention", "evals_per_epoch", "special_tokens",
+      "resume_from_checkpoint"},
+     ["fp16: has no counterpart here: float16 overflows where bfloat16 does not",
+      "eval_steps: must be a valid integer (got 0.1); it is a number of updates, not a fraction of the run",
+      'resume_from_checkpoint: must be true or false (got "runs/checkpoint-100"); true goes on from the newest',
+      "datasets.0.field_messages: has no counterpart here: `columns` says how the file calls them",
+      "lora_modules_to_save: has no counterpart here: beside an adapter no module is trained whole; list it in",
+      'sample_packing (packing): must be true or false (got "true")']),
+])  # fmt: skip
+def test_configs_of_other_trainers_get_a_line_for_each_key_that_is_not_understood(write, text, wrong, advised):
+    lines = complaint(write(text, base="")).splitlines()
+    assert {line.split(": ")[1] for line in lines} == wrong
+    assert len(lines) == len(wrong)
+    for advice in advised:
+        assert sum(line.startswith(f"run.yaml: {advice}") for line in lines) == 1, advice
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_is_switched_off_asks_for_nothing(name):
+    for value in (None, False, "", "none", [], {}, 0):
+        assert load_config(BASE | {name: value}) == load_config(BASE)
+    assert complaint(BASE | {name: "x"}) == f"config: {name}: has no counterpart here: {ELSEWHERE[name]}"
+
+
+@pytest.mark.parametrize("given, problem", [
+    ({"adapter": "qlora", "load_in_8bit": True}, "adapter (load_in_4bit) and load_in_8bit are both true"),
+    ({"bf16": True, "dtype": "float32"}, "dtype: has two values, given as bf16 and dtype; keep one"),
+    ({"bf16": False, "pure_bf16": True}, "dtype: has two values, given as bf16 and pure_bf16; keep one"),
+    ({"torch_dtype": "float16"}, "torch_dtype (dtype): must be 'float32' or 'bfloat16' (got \"float16\")"),
+    ({"dtype": "auto"}, "dtype: must be 'float32' or 'bfloat16' (got \"auto\"); leave it out for bfloat16"),
+    ({"lora_target_linear": True, "target_modules": ["q"]},
+     "lora_target_modules: has two values, given as lora_target_linear and target_modules; keep one"),
+    ({"eval_strategy": "no", "val_size": 0.1}, "val_set_size: has two values, given as eval_strategy and val_size"),
+    ({"save_strategy": "epoch", "save_steps": 100}, "save_steps: has two values, given as save_strategy and save_"),
+    ({"save_strategy": "no"}, 'save_strategy: must be "epoch" or "steps" (got "no")'),
+    ({"stage": "dpo"}, 'stage: must be "sft" (got "dpo")'),
+    ({"bias": "all"}, 'bias: must be "none" (got "all")'),
+    ({"attn_implementation": "flash_attention_2"}, "attn_implementation: must be"),
+    ({"warmup_steps": 0.03}, "warmup_steps: must be a valid integer (got 0.03); a fraction of the run is `warmup"),
+    ({"report_to": None}, "report_to: must be a valid list (got null); name those you want, or none"),
+    ({"save_total_limit": None}, "save_total_limit: must be a valid integer (got null); all are kept where"),
+])  # fmt: skip
+def test_values_of_other_trainers_that_do_not_fit(given, problem):
+    assert complaint(BASE | given).startswith(f"config: {problem}")
+
+
+def test_a_strategy_with_its_steps():
+    config = load_config(BASE | HELD_OUT | {"eval_strategy": "steps", "eval_steps": 7, "save_strategy": "epoch"})
+    assert (config.eval_steps, config.save_steps) == (7, None)
 
 
 def test_spellings_that_differ_are_errors_naming_both(write):
@@ -211,12 +413,12 @@ def test_yaml_that_is_wrong_names_the_line(write, text, problem):
 def test_anchors_and_merges_work(write):
     path = write(
         "eval_datasets:\n"
-        "- &first {path: a, split: test, weight: 2}\n"
+        "- &first {path: a, split: test, max_examples: 2}\n"
         "- &second {<<: *first, path: b}\n"
-        "- {<<: *second, path: c, weight: 3}\n"
+        "- {<<: *second, path: c, max_examples: 3}\n"
     )
-    found = [(source.path, source.split, source.weight) for source in load_config(path).eval_datasets]
-    assert found == [("a", "test", 2.0), ("b", "test", 2.0), ("c", "test", 3.0)]
+    found = [(source.path, source.split, source.max_examples) for source in load_config(path).eval_datasets]
+    assert found == [("a", "test", 2), ("b", "test", 2), ("c", "test", 3)]
 
 
 def test_a_list_that_holds_itself(write):

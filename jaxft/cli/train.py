@@ -28,7 +28,7 @@ from jaxft.config_file import load_config
 from jaxft.evaluation.answers import Question, answers, exact_matches, questions
 from jaxft.evaluation.report import ExactMatch, ReportData, Sample, write_report
 from jaxft.hub.load import eos_token_ids
-from jaxft.hub.peft import save_adapter
+from jaxft.hub.peft import read_adapter_config, save_adapter
 from jaxft.hub.save import save_model
 from jaxft.models.count import ParameterCount, count_parameters
 from jaxft.models.decoder import Decoder
@@ -44,8 +44,6 @@ from jaxft.training.optimizer import learning_rate_schedule
 from jaxft.training.run_directory import RunDirectory, check_same, check_vacant, open_run
 from jaxft.training.same_run import versions
 from jaxft.training.stopping import leaving
-
-SHOWN_PROMPTS = 5
 
 _RESUMABLE = " before the first update or after the last; resume with resume_from_checkpoint=true"
 
@@ -100,10 +98,9 @@ def run(config: Config, console: Console, idle: AbstractContextManager[None] | N
     say(describe_parameters(counts))
     say(describe_batch(inputs))
     with ExitStack() as ending:
-        directory = ending.enter_context(open_run(config.output_dir, again, config.to_yaml(), inputs.fingerprints))
+        directory = ending.enter_context(open_run(config.output_dir, again, resolved(config), inputs.fingerprints))
         model = inputs.load()
-        count = max(config.exact_match_samples, SHOWN_PROMPTS)
-        asked = questions(inputs.data.eval_examples, inputs.renderer, count, model.config.rope.max_positions)
+        asked = _ask(inputs)
         before = _answer(detach(model), inputs, asked)
         with Checkpoints(directory.checkpoints, keep=config.save_total_limit) as checkpoints:
             begin = start(inputs, model, checkpoints, directory.resumed)
@@ -122,9 +119,10 @@ def run(config: Config, console: Console, idle: AbstractContextManager[None] | N
                 outcome = fit(inputs, begin, checkpoints, log, progress)
         exported = _export(outcome, inputs, directory)
         say(f"wrote {exported} (step {outcome.exported_step})")
+        final = _final_metrics(outcome) | {"exact_match": None}
         directory.finish(
             {
-                "final": _final_metrics(outcome, None),
+                "final": final,
                 "data": asdict(inputs.data.report),
                 "parameters": [count._asdict() for count in counts],
                 "chat_template": inputs.chat_template,
@@ -134,11 +132,11 @@ def run(config: Config, console: Console, idle: AbstractContextManager[None] | N
 
         after = _answer(outcome.model, inputs, asked)
         match = _compare(asked, before, after, config)
-        final = _final_metrics(outcome, match)
+        final["exact_match"] = None if match is None else match._asdict()
         samples = [
             Sample(question.text, question.reference, base, tuned)
             for question, base, tuned in zip(asked, before, after, strict=True)
-        ][:SHOWN_PROMPTS]
+        ][: config.sample_prompts]
         if hosts.is_writer():
             write_report(
                 directory.report_file,
@@ -169,13 +167,40 @@ def dry_run(config: Config, console: Console) -> None:
     inputs = gather(config)
     if again:
         check_length(config.output_dir, inputs.total_steps)
-        check_same(config.output_dir, again, config.to_yaml(), inputs.fingerprints)
-    console.print(config.to_yaml())
+        check_same(config.output_dir, again, resolved(config), inputs.fingerprints)
+    console.print(resolved(config))
     console.print(str(inputs.data.report))
     console.print(describe_parameters(count_parameters(inputs.describe(), inputs.recipe.trained_type)))
     console.print("\nthe first example, with what is learned between ⟦ and ⟧:\n")
     console.print(inputs.renderer.show(inputs.data.train[0][0]))
     console.print("\n" + describe_batch(inputs))
+    if asked := _ask(inputs):
+        console.print(
+            f"before and after, the model answers {len(asked)} held-out prompts with up to {config.max_new_tokens} "
+            "tokens each (sample_prompts, exact_match_samples)"
+        )
+
+
+def resolved(config: Config) -> str:
+    """The config as it is written down: with what the adapter says that it goes on from."""
+    if config.adapter_name_or_path is None:
+        return config.to_yaml()
+    spec = read_adapter_config(Path(config.adapter_name_or_path))
+    targets = spec.target_modules if isinstance(spec.target_modules, str) else sorted(spec.target_modules)
+    return config.to_yaml(
+        {
+            "adapter": "dora" if spec.use_dora else "lora",
+            "use_dora": spec.use_dora,
+            "lora_r": spec.r,
+            "lora_alpha": spec.lora_alpha,
+            "lora_dropout": spec.lora_dropout,
+            "lora_target_modules": targets,
+            "lora_target_parameters": list(spec.target_parameters),
+            "use_rslora": spec.use_rslora,
+            "rank_pattern": dict(spec.rank_pattern),
+            "alpha_pattern": dict(spec.alpha_pattern),
+        }
+    )
 
 
 def is_begun(config: Config) -> bool:
@@ -293,6 +318,12 @@ def _metrics_log(directory: RunDirectory, config: Config) -> MetricsLog:
     return MetricsLog(directory.metrics_file, sinks)
 
 
+def _ask(inputs: Inputs) -> list[Question]:
+    """What base and tuned model are asked."""
+    count = max(inputs.config.exact_match_samples, inputs.config.sample_prompts)
+    return questions(inputs.data.eval_examples, inputs.renderer, count, inputs.decoder.rope.max_positions)
+
+
 def _answer(model: Decoder, inputs: Inputs, asked: Sequence[Question]) -> list[str]:
     renderer = inputs.renderer
     stops = {*eos_token_ids(inputs.resolved.path, renderer.tokenizer.eos_token_id), *end_of_turn(renderer)}
@@ -330,7 +361,7 @@ def _compare(
     return ExactMatch(*(exact_matches(found[:count], asked[:count]) for found in (before, after)), count)
 
 
-def _final_metrics(outcome: Outcome, match: ExactMatch | None) -> dict[str, Any]:
+def _final_metrics(outcome: Outcome) -> dict[str, Any]:
     books = outcome.bookkeeping
     return {
         "steps": outcome.step,
@@ -342,7 +373,6 @@ def _final_metrics(outcome: Outcome, match: ExactMatch | None) -> dict[str, Any]
         "tokens": books.tokens + books.window.tokens,
         "skipped_updates": outcome.skipped,
         "seconds": round(outcome.seconds, 1),
-        "exact_match": None if match is None else match._asdict(),
         "state_sha256": outcome.state_sha256,
     }
 

@@ -38,6 +38,7 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pa
 _OVERHEAD = 1 << 20  # bytes of a checkpoint beside its arrays, generously
 _OUTDATED = "outdated"  # directory of steps being deleted
 _LISTED = 5  # differences named in one message
+_RESULT = ("trained.", "optimizer.")  # the arrays of a state that are its result; the others count
 
 
 class CheckpointError(ValueError):
@@ -75,6 +76,7 @@ class Checkpoints:
         self._keep = keep
         self._damaged: list[int] = []  # newer than the step the run goes on from
         self._pending: int | None = None  # being written
+        self._saved: tuple[int, str] | None = None  # the step saved last, and `state_digest` of its state
         self._reader = ocp.PyTreeCheckpointHandler()
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(use_compression=False),  # trained floats hardly compress
@@ -148,13 +150,21 @@ class Checkpoints:
         self._delete(self._damaged)  # nothing can be read from them, and their steps come again
         self._damaged = []
         self._require_space(step, sum(array.nbytes for array in arrays.values()))
-        manifest = {"step": step, "best": keep_as_best, "progress": progress, "arrays": _describe(arrays, found)}
+        described = _describe(arrays, found)
+        manifest = {"step": step, "best": keep_as_best, "progress": progress, "arrays": described}
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(_sealed(manifest)))
         try:
             self._manager.save(step, args=items, force=True)
         except Exception as error:
             raise self._failure(step, error) from error
         self._pending = step
+        self._saved = step, _digest_of_result(described)
+
+    def digest_of(self, step: int, state: TrainState) -> str:
+        """`state_digest` of the state after `step`, which was computed when it was saved."""
+        if self._saved is not None and self._saved[0] == step:
+            return self._saved[1]
+        return state_digest(state)
 
     def wait(self) -> None:
         """Wait until the save in progress is on disk, then delete the steps no longer to be kept.
@@ -312,8 +322,12 @@ def state_digest(state: TrainState) -> str:
 
     Equal states have equal digests, however they are sharded and ordered. Processes call it together.
     """
-    result = {name: array for name, array in _named(state).items() if name.startswith(("trained.", "optimizer."))}
-    return _sha256_of_json(_describe(result, digests(result)))
+    result = {name: array for name, array in _named(state).items() if name.startswith(_RESULT)}
+    return _digest_of_result(_describe(result, digests(result)))
+
+
+def _digest_of_result(described: dict[str, dict[str, Any]]) -> str:
+    return _sha256_of_json({name: array for name, array in described.items() if name.startswith(_RESULT)})
 
 
 def _named(state: TrainState) -> dict[str, jax.Array]:

@@ -15,7 +15,7 @@ from jaxft.models.decoder import Decoder
 from jaxft.sharding.arrays import any_process, place_rows
 from jaxft.sharding.hosts import is_writer
 from jaxft.training.account import Account, Bookkeeping
-from jaxft.training.checkpoint import CheckpointError, Checkpoints, state_digest
+from jaxft.training.checkpoint import CheckpointError, Checkpoints
 from jaxft.training.held_out import is_evaluation, log_evaluation, note_evaluation, summed_loss
 from jaxft.training.inputs import Inputs
 from jaxft.training.logging import MetricsLog, Progress
@@ -159,7 +159,7 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
 
         checkpoints.wait()
 
-    digest, skipped = state_digest(state), int(state.skipped)
+    digest, skipped = checkpoints.digest_of(step, state), int(state.skipped)
     trained, exported_step = state.trained, step
     del state  # the optimizer's part makes room for the best step
     if config.load_best_model_at_end and books.best_step not in (None, step):

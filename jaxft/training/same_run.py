@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import yaml
 
+from jaxft.config_rules import MAY_BE_IDLE
+
 logger = logging.getLogger(__name__)
 
 FREE_KEYS = {
@@ -26,6 +28,7 @@ FREE_KEYS = {
     "max_nonfinite_steps",
     "load_best_model_at_end",
     "exact_match_samples",
+    "sample_prompts",
     "max_new_tokens",
 }
 """Config keys that a resumed run may change: they decide what is reported, kept and exported, never what is learned."""
@@ -73,6 +76,8 @@ def compare(
             refused[-1] += f"; {_rows_that_fit(int(old), int(new), after)}"
     for key, old, new in _changes(before, after):
         section = key.partition(".")[0]
+        if section in MAY_BE_IDLE and not (section in before and section in after):
+            continue  # it had no effect on one side; what gave it one has changed, too, and is in both
         if section in ROUNDING_KEYS:
             told.append(f"resumed with another {key} ({old} -> {new}): equal up to rounding")
         elif section not in FREE_KEYS | LENGTH_KEYS:

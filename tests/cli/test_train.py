@@ -37,6 +37,7 @@ def place(model, write_chats, tmp_path, monkeypatch) -> Path:
         "datasets": ["chats.jsonl"],
         "dtype": "float32",
         "lora_r": 2,
+        "lora_alpha": 32,
         "lora_target_modules": ["v_proj"],
         "remat": "none",
         "max_steps": 3,
@@ -140,7 +141,7 @@ def test_what_a_dry_run_prints_is_printed_as_it_is(place, no_weights, capsys, wr
         (["datasets=[gone.jsonl]"], "gone.jsonl"),
         (["model_name_or_path=./gone"], "no such directory: './gone'"),
         (
-            ["adapter_name_or_path=./gone", "lora_r=16", "lora_target_modules=all-linear"],
+            ["adapter_name_or_path=./gone", "lora_r=16", "lora_alpha=32", "lora_target_modules=all-linear"],
             "gone/adapter_config.json: no such file",
         ),
         (["mesh.data=2"], "mesh: data=2 x fsdp=1 x expert=1 x context=1 x tensor=1 is 2 devices, but there are 1"),

@@ -209,6 +209,7 @@ def test_what_does_not_decide_the_result_may_change(tmp_path, caplog):
         "max_nonfinite_steps": 50,
         "load_best_model_at_end": False,
         "exact_match_samples": 3,
+        "sample_prompts": 2,
         "max_new_tokens": 5,
     }
     assert set(changes) == FREE_KEYS
@@ -252,6 +253,18 @@ def test_other_rows_of_an_update_are_refused_with_what_would_fit(tmp_path, caplo
         start(tmp_path, resume=True, fingerprints={"rows of an update": new}, **changes)
     assert f"\n  the rows of an update changed: {old} -> {new}; {advice}\n" in str(raised.value)
     assert not caplog.records, "nothing is said of a run that does not go on"
+
+
+def test_keys_that_lost_or_never_had_an_effect_are_no_changes(tmp_path):
+    """They are not in the written config, or are, where an earlier version wrote all keys."""
+    started(tmp_path)
+    written = (tmp_path / "config.yaml").read_text()
+    assert "\nquant_group_size" not in written
+    (tmp_path / "config.yaml").write_text(written + "quant_group_size: 64\n")
+    with start(tmp_path, resume=True, sample_prompts=0) as run:
+        assert "\nmax_new_tokens" not in run.config_file.read_text()
+    with start(tmp_path, resume=True) as run:
+        assert "\nmax_new_tokens: 128\n" in run.config_file.read_text()
 
 
 def test_other_versions_and_devices_are_said(tmp_path, caplog):
