@@ -1,9 +1,17 @@
-"""Let a model answer held-out prompts, and count the answers that are exactly right."""
+"""Let a model answer held-out prompts, and count the answers that are exactly right.
+
+Of a conversation the last turn is asked for that the model would learn. Its reference is what it would learn there,
+as text: the answer, or a tool call as the template writes it, with all that the template puts before it.
+"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxft.data.chat import Renderer
+from jaxft.data.conversations import Conversation
 from jaxft.data.formats import Completion, Example, Text
 from jaxft.generation.generate import generate
 from jaxft.models.decoder import Decoder
@@ -30,9 +38,11 @@ def questions(examples: Sequence[Example], renderer: Renderer, count: int, posit
     for example in examples:
         if isinstance(example, Text) or len(asked) == count:
             continue
-        tokens, reference = renderer.prompt(example)
-        if len(tokens) < positions:
-            asked.append(Question(tokens, _last_words(example), reference))
+        question = (
+            _of_completion(example, renderer) if isinstance(example, Completion) else _of_turns(example, renderer)
+        )
+        if len(question.tokens) < positions:
+            asked.append(question)
     return asked
 
 
@@ -53,7 +63,23 @@ def exact_matches(found: Sequence[str], asked: Sequence[Question]) -> int:
     return sum(answer.strip() == question.reference.strip() for answer, question in zip(found, asked, strict=True))
 
 
-def _last_words(example: Example) -> str:
-    if isinstance(example, Completion):
-        return example.prompt
-    return [message.content for message in example.messages if message.role == "user"][-1]
+def _of_completion(example: Completion, renderer: Renderer) -> Question:
+    tokens, reference = renderer.prompt(example)
+    return Question(tokens, example.prompt, reference)
+
+
+def _of_turns(example: Conversation, renderer: Renderer) -> Question:
+    turns = example.messages
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    last = max([i for i in answers if turns[i].supervised] or answers)
+    asker = max(i for i, turn in enumerate(turns[:last]) if turn.role == "user")
+    text = "\n".join(turn.content for turn in turns[asker:last] if turn.content)
+
+    example = replace(example, messages=(*turns[:last], replace(turns[last], supervised=True)))
+    prompt, _ = renderer.prompt(example)
+    (whole,) = renderer.encode([example])
+    shared = min(len(prompt), len(whole.tokens))
+    differs = np.flatnonzero(prompt[:shared] != whole.tokens[:shared])
+    begin = int(differs[0]) if differs.size else shared
+    learned = whole.tokens[begin:][whole.loss_mask[begin:]]
+    return Question(prompt, text, renderer.tokenizer.decode(learned, skip_special_tokens=True).strip())
