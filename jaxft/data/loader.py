@@ -65,7 +65,7 @@ class Schedule:
         self._shape = (accumulation_steps, micro_batch_size)
         self._made = range(micro_batch_size) if rows is None else rows
         self._packing, self._seed = packing, seed
-        self.row_length = max_length if packing else _row_length(sources, max_length, parts)
+        self.row_length = max_length if packing else row_length(sources, max_length, parts)
         self._shares = _shares(sources, weights)
         self._regular = weights is None or not packing  # every epoch has as many rows as the first
         self._order = [packing, self.row_length if packing else None, self._shares, seed]
@@ -167,20 +167,23 @@ def stream(schedule: Schedule) -> grain.DatasetIterator:
 
 
 def eval_batches(
-    examples: TokenizedSet, *, batch_size: int, max_length: int, parts: int = 1, rows: Sequence[int] | None = None
+    examples: TokenizedSet, *, batch_size: int, row_length: int, packing: bool, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-    """Every example once, in order, one to a row: [1, batch_size, T]. Empty rows fill the last batch.
+    """Every example once: [1, batch_size, row_length]. Empty rows fill the last batch.
 
-    `max_length` and `parts` are those of `Schedule`. With `rows`, only these of each batch are made.
+    Without packing examples stand in order, one to a row. With `rows`, only these of each batch are made.
     """
-    length = _row_length([examples], max_length, parts)
+    lengths = examples.lengths
+    full = pack(lengths, row_length) if packing else [[index] for index in range(len(lengths))]
     made = range(batch_size) if rows is None else rows
-    for first in range(0, len(examples), batch_size):
+    for first in range(0, len(full), batch_size):
         wanted = [first + row for row in made]
-        yield _fill([[examples[row]] if row < len(examples) else [] for row in wanted], (1, len(made)), length)
+        chosen = [[examples[index] for index in full[row]] if row < len(full) else [] for row in wanted]
+        yield _fill(chosen, (1, len(made)), row_length)
 
 
-def _row_length(sources: Sequence[TokenizedSet], max_length: int, parts: int) -> int:
+def row_length(sources: Sequence[TokenizedSet], max_length: int, parts: int) -> int:
+    """Tokens of a row that holds any one example, as `Schedule` has them without packing."""
     longest = max(int(source.lengths.max()) for source in sources)
     if longest > max_length:
         raise ValueError(f"an example has {longest} tokens; rows hold {max_length}")

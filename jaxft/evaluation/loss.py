@@ -7,9 +7,10 @@ from jax.sharding import Mesh
 
 from jaxft.data.tokenized import TokenizedSet
 from jaxft.models.decoder import Decoder
+from jaxft.models.kernels import Backend
 from jaxft.models.linear import Adapter
 from jaxft.sharding.mesh import batch_ways
-from jaxft.training.held_out import summed_loss
+from jaxft.training.held_out import HeldOut
 from jaxft.training.state import Partition
 from jaxft.training.step import make_eval_step
 
@@ -36,10 +37,11 @@ def score(model: Decoder, examples: TokenizedSet, *, batch_size: int, max_length
     Raises:
         ValueError: the loss is not finite.
     """
-    partition = Partition(model, Adapter)
-    step, (trained, frozen) = make_eval_step(partition, packed=False), partition.split(model)
+    partition, backend = Partition(model, Adapter), Backend(model.attn_implementation, mesh)
     rows = batch_size * batch_ways(mesh)
-    total, count = summed_loss(step, trained, frozen, examples, mesh, rows, max_length)
+    held_out = HeldOut(examples, model.config, backend, model.dtype, rows=rows, max_length=max_length, long_rows=False)
+    step = make_eval_step(partition, held_out.packed)
+    total, count = held_out.summed_loss(step, *partition.split(model))
     if not math.isfinite(total):
         raise ValueError(f"the loss is {total}; look for NaN or inf in the weights of the model and of its adapter")
     return Score(total / count, int(count))

@@ -189,6 +189,14 @@ def choice(config: DecoderConfig, backend: Backend, dtype: jnp.dtype, packed: bo
     return choose(backend.implementation, case)
 
 
+def packs(config: DecoderConfig, backend: Backend, dtype: jnp.dtype) -> bool:
+    """Whether rows with several examples have the kernel of rows with one. Raises as `choice`."""
+    kernel = choice(config, backend, dtype, packed=False).kernel
+    softcap = config.attention_softcap is not None
+    case = _case(backend, dtype, config.num_heads, config.head_dim, True, softcap, config.attention_sinks)
+    return objection(kernel, case) is None
+
+
 def _case(
     backend: Backend, dtype: jnp.dtype, heads: int, head_dim: int, packed: bool, softcap: bool, sinks: bool
 ) -> Case:

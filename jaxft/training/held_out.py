@@ -1,41 +1,105 @@
 """The loss on held-out examples: when a run asks for it, what it is, and what follows from it."""
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Self
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxft.config import Config
 from jaxft.data.batch import Batch
-from jaxft.data.loader import eval_batches
+from jaxft.data.loader import eval_batches, row_length
 from jaxft.data.tokenized import TokenizedSet
-from jaxft.sharding.arrays import place_rows, rows_here
+from jaxft.models.config import DecoderConfig
+from jaxft.models.kernels import Backend, packs
+from jaxft.sharding.arrays import on_host, place, place_rows, rows_here
 from jaxft.training.account import Bookkeeping
 from jaxft.training.inputs import Inputs
 from jaxft.training.logging import MetricsLog, Progress
 from jaxft.training.state import Trained
 
-EvalStep = Callable[[Trained, nnx.State, Batch], tuple[jax.Array, jax.Array]]
+EvalStep = Callable[[Trained, nnx.State, Batch, jax.Array, int], jax.Array]
+
+AHEAD = 8
+"""Batches that are on their way to the devices while the host makes more."""
 
 
-def summed_loss(
-    eval_step: EvalStep, trained: Trained, frozen: nnx.State, examples: TokenizedSet, mesh: Mesh, rows: int, length: int
-) -> tuple[float, float]:
-    """Cross-entropy summed over all supervised tokens of the examples, and how many there are.
+class HeldOut:
+    """Examples and how they come to the devices.
+
+    Several stand in a row where that leaves the kernel of attention as it is: the loss is a sum over tokens that see
+    their own example only, so it is the same with fewer rows.
 
     Args:
+        decoder, backend, dtype: of the model, they decide the kernel.
         rows: of a batch, over all devices. Decides memory and speed, not the result.
-        length: tokens of the longest example, at most; the mesh's `context` divides it.
+        max_length: tokens of the longest example, at most; the mesh's `context` divides it.
+        long_rows: rows of `max_length` tokens, as packed training has them; else as long as the longest example.
     """
-    parts, made = mesh.shape["context"], rows_here(mesh, rows)
-    total, count = 0.0, 0.0
-    for batch in eval_batches(examples, batch_size=rows, max_length=length, parts=parts, rows=made):
-        placed = place_rows(Batch(*(field[0] for field in batch)), mesh, rows)
-        batch_total, batch_count = eval_step(trained, frozen, placed)
-        total, count = total + float(batch_total), count + float(batch_count)
-    return total, count
+
+    def __init__(
+        self,
+        examples: TokenizedSet,
+        decoder: DecoderConfig,
+        backend: Backend,
+        dtype: str,
+        *,
+        rows: int,
+        max_length: int,
+        long_rows: bool,
+    ):
+        self._examples, self._mesh, self._rows = examples, backend.mesh, rows
+        self.packed = packs(decoder, backend, jnp.dtype(dtype))
+        self._length = max_length if self.packed and long_rows else row_length([examples], max_length, self._parts)
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Self:
+        """Those of a run."""
+        c = inputs.config
+        backend, rows = Backend(c.attn_implementation, inputs.mesh), inputs.rows
+        return cls(
+            inputs.data.eval,
+            inputs.decoder,
+            backend,
+            c.dtype,
+            rows=rows,
+            max_length=c.max_length,
+            long_rows=c.packing,
+        )
+
+    @property
+    def _parts(self) -> int:
+        return self._mesh.shape["context"]
+
+    def batches(self) -> Iterator[Batch]:
+        """Of this process, [rows here, T]."""
+        here = rows_here(self._mesh, self._rows)
+        for batch in eval_batches(
+            self._examples, batch_size=self._rows, row_length=self._length, packing=self.packed, rows=here
+        ):
+            yield Batch(*(field[0] for field in batch))
+
+    def summed_loss(self, step: EvalStep, trained: Trained, frozen: nnx.State) -> tuple[float, float]:
+        """Cross-entropy summed over all supervised tokens of the examples, and how many there are.
+
+        Args:
+            step: of `make_eval_step`, with `packed` as it is here.
+        """
+        sums = place(np.zeros((len(self._examples), 2), np.float32), NamedSharding(self._mesh, P()))
+        running = deque(maxlen=AHEAD)
+        for number, batch in enumerate(self.batches()):
+            if len(running) == AHEAD:
+                running[0].block_until_ready()  # so that no more batches lie on the devices
+            sums = step(trained, frozen, place_rows(batch, self._mesh, self._rows), sums, number)
+            running.append(sums)
+        total, count = on_host(sums).astype(np.float64).sum(axis=0).tolist()
+        return total, count
 
 
 def is_evaluation(inputs: Inputs, step: int) -> bool:

@@ -16,7 +16,7 @@ from jaxft.sharding.arrays import any_process, place_rows
 from jaxft.sharding.hosts import is_writer
 from jaxft.training.account import Account, Bookkeeping
 from jaxft.training.checkpoint import CheckpointError, Checkpoints
-from jaxft.training.held_out import is_evaluation, log_evaluation, note_evaluation, summed_loss
+from jaxft.training.held_out import HeldOut, is_evaluation, log_evaluation, note_evaluation
 from jaxft.training.inputs import Inputs
 from jaxft.training.logging import MetricsLog, Progress
 from jaxft.training.optimizer import make_optimizer
@@ -107,16 +107,17 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
     train_step = make_train_step(
         partition, begin.optimizer, state, dropout_seed, config.router_aux_loss_coef, config.packing
     )
-    eval_step = make_eval_step(partition, packed=False)
     place = partial(place_rows, mesh=inputs.mesh, count=inputs.rows, leading=1)
     batches = stream(inputs.schedule)
     if books.data is not None:
         batches.set_state(books.data)
 
+    if len(inputs.data.eval):
+        held_out = HeldOut.of(inputs)
+        eval_step = make_eval_step(partition, held_out.packed)
+
     def evaluate(trained: Trained) -> float:
-        total, count = summed_loss(
-            eval_step, trained, frozen, inputs.data.eval, inputs.mesh, inputs.rows, config.max_length
-        )
+        total, count = held_out.summed_loss(eval_step, trained, frozen)
         return total / count
 
     if step == 0 and len(inputs.data.eval):

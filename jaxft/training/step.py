@@ -176,11 +176,16 @@ def initial_state(
 
 def make_eval_step(
     partition: Partition, packed: bool = True
-) -> Callable[[Trained, nnx.State, Batch], tuple[jax.Array, jax.Array]]:
-    """Jitted (loss sum, count) of a batch [B, T]; `packed` as in `make_train_step`."""
+) -> Callable[[Trained, nnx.State, Batch, jax.Array, int], jax.Array]:
+    """Jitted: sums [batches, 2] with (loss sum, count) of a batch [B, T] in row `number`; `packed` as in
+    `make_train_step`.
+
+    Each call waits for the one before it on the devices and not on the host, which reads the sums once.
+    """
 
     @jax.jit
-    def step(trained: Trained, frozen: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return loss_sum(partition.join(trained, frozen), partition.trained_type, batch, None, packed=packed)
+    def step(trained: Trained, frozen: nnx.State, batch: Batch, sums: jax.Array, number: int) -> jax.Array:
+        model = partition.join(trained, frozen)
+        return sums.at[number].set(jnp.stack(loss_sum(model, partition.trained_type, batch, None, packed=packed)))
 
     return step

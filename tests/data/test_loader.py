@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxft.data.batch import Batch
-from jaxft.data.loader import Schedule, eval_batches, stream
+from jaxft.data.loader import Schedule, eval_batches, row_length, stream
 from jaxft.data.packing import pack
 from jaxft.data.tokenized import Tokenized, TokenizedSet
 
@@ -216,10 +216,22 @@ def test_a_step_learns_the_same_however_its_rows_are_cut(packing, weights):
 
 def test_eval_batches_keep_order_and_drop_nothing():
     examples = source(10)
-    batches = list(eval_batches(examples, batch_size=4, max_length=1000))
+    batches = list(eval_batches(examples, batch_size=4, row_length=128, packing=False))
     assert [batch.tokens.shape for batch in batches] == [(1, 4, 128)] * 3
     assert [n for batch in batches for n in examples_in(batch)] == list(range(1, 11))
     assert sum(int(batch.loss_mask.sum()) for batch in batches) == int(examples.loss_mask.sum())
+
+
+@pytest.mark.parametrize("row_length", [50, 61, 128, 1000])
+def test_packed_eval_batches_hold_every_example_once(row_length):
+    examples = source(10)
+    batches = list(eval_batches(examples, batch_size=2, row_length=row_length, packing=True))
+    assert {batch.tokens.shape for batch in batches} == {(1, 2, row_length)}
+    assert sorted(n for batch in batches for n in examples_in(batch)) == list(range(1, 11))
+    assert sum(int(batch.loss_mask.sum()) for batch in batches) == int(examples.loss_mask.sum())
+    rows = sum(int((batch.segment_ids > 0).any(axis=-1).sum()) for batch in batches)
+    assert rows == len(pack(examples.lengths, row_length))
+    assert len(batches) == -(-rows // 2)
 
 
 @pytest.mark.parametrize(
@@ -228,8 +240,7 @@ def test_eval_batches_keep_order_and_drop_nothing():
 def test_rows_can_be_cut_into_parts(max_length, parts, length):
     """Rows of the longest example, 50 tokens, rounded up to 128 and to what can be cut."""
     assert schedule(max_length=max_length, packing=False, parts=parts).row_length == length
-    (batch,) = eval_batches(source(4), batch_size=4, max_length=max_length, parts=parts)
-    assert batch.tokens.shape == (1, 4, length)
+    assert row_length([source(4)], max_length, parts) == length
 
 
 def test_what_cannot_be_scheduled():
@@ -254,11 +265,12 @@ def test_parts_of_the_rows_make_up_the_batches():
             np.testing.assert_array_equal(field[:, [0, 1, 3, 4, 2, 5]], expected)
 
 
-def test_parts_of_held_out_rows_make_up_the_batches():
-    examples = source(10)
-    options = {"batch_size": 4, "max_length": 64}
+@pytest.mark.parametrize("packing", [True, False])
+def test_parts_of_held_out_rows_make_up_the_batches(packing):
+    examples = source(20)
+    options = {"batch_size": 4, "row_length": 64, "packing": packing}
     parts = [list(eval_batches(examples, **options, rows=rows)) for rows in ([0, 3], [1, 2])]
     for number, whole in enumerate(eval_batches(examples, **options)):
         for field, *pieces in zip(whole, *(part[number] for part in parts), strict=True):
             np.testing.assert_array_equal(field[:, [0, 3, 1, 2]], np.concatenate(pieces, axis=1))
-    assert len(parts[0]) == len(parts[1]) == 3
+    assert len(parts[0]) == len(parts[1]) == number + 1 >= 2

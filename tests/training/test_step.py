@@ -216,6 +216,12 @@ def test_a_batch_without_a_supervised_token_changes_nothing(model, sgd_step):
     chex.assert_trees_all_equal(jax.device_get(state.trained), jax.device_get(model.trained))
 
 
+def evaluated(model: Model, batch: Batch, packed: bool = True) -> tuple[float, float]:
+    """The sums of one batch."""
+    sums = make_eval_step(model.partition, packed)(model.trained, model.frozen, batch, jnp.zeros((1, 2)), 0)
+    return tuple(sums[0].tolist())
+
+
 def test_packed_examples_lose_token_by_token_what_they_lose_alone(model):
     chosen = examples(3)
     rows = without_axis(packed([chosen[:3], chosen[3:6], chosen[6:]]))
@@ -226,23 +232,22 @@ def test_packed_examples_lose_token_by_token_what_they_lose_alone(model):
     for row, token in np.argwhere(rows.loss_mask):
         mask = np.zeros_like(rows.loss_mask)
         mask[row, token] = True
-        total, count = step(model.trained, model.frozen, rows._replace(loss_mask=mask))
-        assert float(count) == 1
-        found.append(float(total))
+        sums = step(model.trained, model.frozen, rows._replace(loss_mask=mask), jnp.full((3, 2), 7.0), 1)
+        total, count = sums[1].tolist()
+        assert count == 1
+        assert sums[0].tolist() == sums[2].tolist() == [7, 7]
+        found.append(total)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    total, count = step(model.trained, model.frozen, rows)
-    assert float(total) == pytest.approx(sum(wanted), rel=1e-6)
-    assert int(count) == len(wanted) == sum(supervised for _, supervised in EXAMPLES)
+    total, count = evaluated(model, rows)
+    assert total == pytest.approx(sum(wanted), rel=1e-6)
+    assert count == len(wanted) == sum(supervised for _, supervised in EXAMPLES)
 
 
 def test_one_example_to_a_row_needs_no_segments(model):
     """Padding on the right is out of sight; several examples to a row are another matter."""
     single, several = without_axis(alone(examples(3))), without_axis(packed([examples(3)[:3]]))
     for rows, same in ((single, True), (several, False)):
-        losses = [
-            float(make_eval_step(model.partition, packed=packed)(model.trained, model.frozen, rows)[0])
-            for packed in (True, False)
-        ]
+        losses = [evaluated(model, rows, packed)[0] for packed in (True, False)]
         assert (losses[0] == pytest.approx(losses[1], rel=1e-5)) == same
 
 
@@ -353,9 +358,9 @@ def test_a_gradient_may_overflow_though_the_loss_is_finite(dropping, dropping_st
 def test_evaluation_drops_nothing(directory, dropping, losses):
     rows = alone(examples(), 2)
     found = [
-        float(total / count)
+        total / count
         for each in (dropping, Model(directory, target_modules=["q_proj"]))
-        for total, count in [make_eval_step(each.partition)(each.trained, each.frozen, without_axis(rows))]
+        for total, count in [evaluated(each, without_axis(rows))]
     ]
     assert found[0] == found[1]
     assert all(abs(loss - found[0]) > 1e-5 for loss in losses(7, rows))
