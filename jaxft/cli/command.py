@@ -1,4 +1,5 @@
-"""What the commands share: how they begin and fail, whose tokenizer they use, and which tokens end an answer."""
+"""What the commands share: how they begin and fail, on which devices and with which weights they load a model, whose
+tokenizer they use, and which tokens end an answer."""
 
 import argparse
 import logging
@@ -9,14 +10,19 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from jaxft.data import chat
 from jaxft.data.chat import Renderer
+from jaxft.hub.load import load_model
 from jaxft.hub.model_files import companions_of
+from jaxft.models.decoder import Decoder
 from jaxft.paths import local_path
 from jaxft.platform import prepare
+from jaxft.quantization.formats import parse_format
 from jaxft.sharding import hosts
+from jaxft.sharding.mesh import make_mesh
 from jaxft.training.stopping import Left, leaving
 
 
@@ -63,6 +69,43 @@ def _failed(message: str, code: int) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Those that say how a model is loaded."""
+    add = parser.add_argument
+    add("--model", required=True, type=local, metavar="DIR", help="model directory, GGUF file or hub id")
+    add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    add("--adapter", type=local, metavar="DIR", help="PEFT adapter directory; its tokenizer is used if it holds one")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
+    add("--quantization", choices=("int8", "int4", "nf4"), help="quantize the base while loading")
+    add("--double-quant", action="store_true", help="with nf4: quantize its scales, too")
+    add(
+        "--mesh",
+        default="fsdp=-1",
+        metavar="AXIS=N,...",
+        help="devices along data, fsdp, expert, context and tensor, as in tensor=2 (default: all of them, by fsdp)",
+    )
+
+
+def mesh_of(options: argparse.Namespace) -> Mesh:
+    """The mesh of `--mesh`; as in a config, `data` takes what is left. Raises ValueError where it cannot be."""
+    parts = [part.partition("=") for part in options.mesh.split(",")]
+    try:
+        sizes = {axis.strip(): int(size) for axis, _, size in parts}
+    except ValueError:
+        sizes = {}
+    if len(sizes) < len(parts):
+        raise ValueError(f"--mesh must look like fsdp=-1 or tensor=2,data=4, not {options.mesh!r}")
+    return make_mesh(sizes if -1 in sizes.values() else {"data": -1} | sizes)
+
+
+def base_of(options: argparse.Namespace, mesh: Mesh) -> Decoder:
+    """The model of the options, without the adapter."""
+    if options.double_quant and options.quantization is None:
+        raise ValueError("--double-quant is for the scales of nf4; add --quantization nf4")
+    form = options.quantization and parse_format(options.quantization, double_quant=options.double_quant)
+    return load_model(options.model, options.dtype, form, mesh, revision=options.revision)
 
 
 def load_tokenizer(model: Path, adapter: str | Path | None = None) -> PreTrainedTokenizerBase:

@@ -11,20 +11,18 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from jaxft.cli.command import exit_code, load_tokenizer, local
+from jaxft.cli.command import add_model_options, base_of, exit_code, load_tokenizer, local, mesh_of
 from jaxft.config import DatasetConfig
 from jaxft.data.chat import Renderer
 from jaxft.data.formats import FORMATS
 from jaxft.data.prepare import prepare
 from jaxft.data.tokenized import check_vocabulary
 from jaxft.evaluation.loss import Score, score
-from jaxft.hub.load import load_model
 from jaxft.hub.model_files import read_config
 from jaxft.hub.peft import load_adapter, read_adapter_config
 from jaxft.hub.resolve import resolve_model
 from jaxft.models.hf_config import decoder_config
 from jaxft.sharding import hosts
-from jaxft.sharding.mesh import make_mesh
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,10 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Loss and perplexity of a model on a file of examples.")
+    add_model_options(parser)
     add = parser.add_argument
-    add("--model", required=True, type=local, metavar="DIR", help="model directory, GGUF file or hub id")
-    add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
-    add("--adapter", type=local, metavar="DIR", help="PEFT adapter directory; its tokenizer is used if it holds one")
     add("--data", required=True, type=local, metavar="FILE", help="examples, in any format that training reads")
     add("--type", choices=tuple(FORMATS), help="format of the examples (default: detect it)")
     add(
@@ -63,13 +59,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="examples per device (default: %(default)s)",
     )
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
-    add("--quantization", choices=("int8", "int4", "nf4"), help="quantize the base while loading")
     add("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
 
 def _run(options: argparse.Namespace) -> None:
+    mesh = mesh_of(options)
     directory = resolve_model(options.model, options.revision).path
     if options.adapter is not None:
         read_adapter_config(Path(options.adapter))  # complains before weights are read
@@ -82,9 +77,8 @@ def _run(options: argparse.Namespace) -> None:
     check_vocabulary(data.train, decoder_config(read_config(directory)).vocab_size)
     (examples,), (read,) = data.train, data.report.sources
 
-    mesh = make_mesh({"fsdp": -1})
     measure = partial(score, examples=examples, batch_size=options.batch_size, max_length=options.max_length, mesh=mesh)
-    base = load_model(options.model, options.dtype, options.quantization, mesh, revision=options.revision)
+    base = base_of(options, mesh)
     hosts.agree({"data": examples.fingerprint(), "weights": base.source.fingerprint})
     models = {"base": base}
     if options.adapter is not None:

@@ -8,11 +8,11 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from jaxft.cli.command import end_of_turn, exit_code, load_tokenizer, local
+from jaxft.cli.command import add_model_options, base_of, end_of_turn, exit_code, load_tokenizer, local, mesh_of
 from jaxft.data.chat import Renderer
 from jaxft.data.conversations import Conversation, Message
 from jaxft.generation.generate import generate
-from jaxft.hub.load import eos_token_ids, load_model
+from jaxft.hub.load import eos_token_ids
 from jaxft.hub.peft import load_adapter
 from jaxft.hub.resolve import resolve_model
 from jaxft.sharding import hosts
@@ -25,10 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
+    add_model_options(parser)
     add = parser.add_argument
-    add("--model", required=True, type=local, metavar="DIR", help="model directory, GGUF file or hub id")
-    add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
-    add("--adapter", type=local, metavar="DIR", help="PEFT adapter directory; its tokenizer is used if it holds one")
     add("--prompt", required=True, action="append", metavar="TEXT", help="may be repeated")
     add("--chat", action="store_true", help="the prompt is a user's message: apply the chat template")
     add("--chat-template", type=local, metavar="NAME", help="with --chat: chatml, or a Jinja file")
@@ -37,14 +35,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, metavar="T", help="0 (default): no draws")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the most likely tokens only")
     add("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
-    add("--quantization", choices=("int8", "int4", "nf4"), help="quantize the weights while loading")
     return parser
 
 
 def _run(options: argparse.Namespace) -> None:
     if not options.chat and (options.system is not None or options.chat_template is not None):
         raise ValueError("--system and --chat-template are for conversations; add --chat")
+    mesh = mesh_of(options)
     directory = resolve_model(options.model, options.revision).path
     tokenizer = load_tokenizer(directory, options.adapter)
     eos_ids = set(eos_token_ids(directory, tokenizer.eos_token_id))
@@ -53,12 +50,12 @@ def _run(options: argparse.Namespace) -> None:
         prompts = [_ask(renderer, text, options.system) for text in options.prompt]
         eos_ids |= end_of_turn(renderer)
     else:
-        prompts = [tokenizer(text).input_ids for text in options.prompt]
+        prompts = [plain_prompt(tokenizer, text) for text in options.prompt]
     for text, ids in zip(options.prompt, prompts, strict=True):
         if not ids:
             raise ValueError(f"--prompt {text!r} holds no token to go on from; give it a text")
 
-    model = load_model(options.model, options.dtype, options.quantization, revision=options.revision)
+    model = base_of(options, mesh)
     if options.adapter is not None:
         model = load_adapter(model, options.adapter)
     start = time.perf_counter()
@@ -77,6 +74,14 @@ def _run(options: argparse.Namespace) -> None:
     for prompt, completion in zip(prompts, completions, strict=True):
         print(_text(tokenizer, prompt, completion))
     print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+
+
+def plain_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text to go on from: what the tokenizer puts before a text, once, and nothing after it."""
+    whole, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    begin = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    before, ids = whole[:begin], tokenizer(text, add_special_tokens=False).input_ids
+    return ids if ids[:begin] == before else before + ids
 
 
 def _ask(renderer: Renderer, text: str, system: str | None) -> list[int]:

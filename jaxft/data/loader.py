@@ -105,6 +105,13 @@ class Schedule:
             epoch, start = self._epoch_of(step)
             return epoch + (step - start) / (self._end(epoch) - start)
 
+    def examples(self, step: int) -> int:
+        """Examples seen in the first `step` steps; one that came twice counts twice."""
+        with self._lock:
+            epoch, start = self._epoch_of(step)
+            rows = self._plan(epoch)[: (step - start) * self._shape[0] * self._shape[1]]
+            return epoch * sum(self._shares) + sum(map(len, rows))
+
     def ends_epoch(self, step: int) -> bool:
         """Whether step `step` completes an epoch."""
         return math.floor(self.epoch(step)) > math.floor(self.epoch(step - 1))

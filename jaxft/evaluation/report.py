@@ -44,6 +44,9 @@ class ReportData:
     method: str  # as in "LoRA r=16 alpha=32 on 7 kinds of modules, NF4 base"
     data: DataReport
     parameters: Sequence[ParameterCount]
+    seen: int  # examples trained on; one that came twice counts twice
+    epochs: float  # passes over the training data that were made
+    exported_step: int  # whose weights the run leaves
     batch: tuple[int, int, int]  # rows per micro-batch, micro-batches per update, data-parallel groups
     device: str  # as in "8 × TPU v5e"
     seconds: float  # that training took
@@ -66,7 +69,7 @@ def write_report(
       records: lines of metrics.jsonl in any order. Of two lines with the same metric and step the later one
         holds, as after resuming from a checkpoint. "NaN" and the like may stand as strings.
     """
-    curves = {key: _points(records, key) for key in ("loss", "eval_loss", "tokens", "epoch", *_SMALL_CHARTS)}
+    curves = {key: _points(records, key) for key in ("loss", "eval_loss", "tokens", *_SMALL_CHARTS)}
     loss = _loss_chart(curves, _last_step(records))
     charts = [
         make_chart(name, {name: curves[key]}, unit=unit, last_step=_last_step(records))
@@ -139,15 +142,16 @@ def _headlines(run: ReportData, curves: Mapping[str, Points]) -> Iterator[_Fact]
         base, tuned = (f"{count / match.examples:.1%}" for count in (match.base, match.tuned))
         yield _Fact("Exact match", tuned, f"of {match.examples:,} held-out answers; {base} before training")
     tokens = curves["tokens"][-1][1] if curves["tokens"] else run.data.train_tokens
-    yield _Fact("Trained on", f"{tokens:,.0f}", f"tokens, from {run.data.train:,} examples")
+    passes = f"{run.seen:,} examples: {run.epochs:.2f} epochs of {run.data.train:,}"
+    yield _Fact("Trained on", f"{tokens:,.0f}", f"tokens, {passes}")
     yield _Fact("Time", _duration(run.seconds), run.device)
 
 
 def _facts(run: ReportData, records: Sequence[Mapping[str, Any]], curves: Mapping[str, Points]) -> Iterator[_Fact]:
     skipped = max((record.get("skipped_updates", 0) for record in records), default=0)
     yield _Fact("Updates", f"{_last_step(records):,}", f"{skipped:,} skipped, not finite" if skipped else "")
-    if curves["epoch"]:
-        yield _Fact("Epochs", f"{curves['epoch'][-1][1]:.4g}")
+    yield _Fact("Epochs", f"{run.epochs:.4g}")
+    yield _Fact("Exported", f"the weights after update {run.exported_step:,}")
     rows, accumulated, groups = run.batch
     factors = f"{rows} per micro-batch × {accumulated} accumulated × {groups} data-parallel"
     yield _Fact("Rows per update", f"{rows * accumulated * groups:,}", factors)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from jaxft.config import Config
 from jaxft.models.decoder import Remat
 from jaxft.planning.plan import GIB, Plan
 
@@ -23,6 +24,11 @@ def describe(plan: Plan) -> str:
     for part in ("base", "adapters", "optimizer", "gradients", "temporaries"):
         lines.append(f"  {part:<20}{getattr(memory, part) / GIB:>9.2f}")
     lines.append(f"  {'total':<20}{memory.total / GIB:>9.2f}  of {machine.capacity / GIB:.2f}")
+    if asked := prompts_of(c):
+        lines.append(
+            f"  not in it: the cache of {asked} held-out prompts that are answered before and after; "
+            "sample_prompts: 0 and exact_match_samples: 0 leave them out"
+        )
     if plan.collectives:
         lines += ["", f"sent by a device in an update {'MiB':>20}{'times':>8}"]
         for each in plan.collectives:
@@ -46,6 +52,12 @@ def describe(plan: Plan) -> str:
         ]
     lines += ["", f"compiled in {plan.compile_seconds:.1f} s", verdict(plan)]
     return "\n".join(lines)
+
+
+def prompts_of(config: Config) -> int:
+    """How many held-out prompts base and tuned model answer, at most."""
+    held_out = config.eval_datasets or config.val_set_size
+    return max(config.sample_prompts, config.exact_match_samples) if held_out else 0
 
 
 def verdict(plan: Plan) -> str:

@@ -4,16 +4,21 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import jaxft
 from jaxft.adapters.attach import attach, sites
 from jaxft.adapters.targets import LoraConfig
-from jaxft.cli.generate import main
+from jaxft.cli import command
+from jaxft.cli.generate import main, plain_prompt
 from jaxft.generation.generate import generate
+from jaxft.quantization.nf4 import NF4
+from jaxft.sharding.mesh import make_mesh
 
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -126,6 +131,99 @@ def test_options_arrive(stories, capsys, asked):
     assert asked == {"max_new_tokens": 12, "eos_ids": {2}, "temperature": 0.7, "top_p": 0.9, "seed": 3}
 
 
+def test_double_quantization_arrives(stories, capsys, asked):
+    options = ["--quantization", "nf4", "--double-quant"]
+    assert run(capsys, "--model", stories, "--prompt", "Lily", *options)[0] == 0
+    forms = {site.linear.weight.get_value().format for site in sites(asked["model"])}
+    assert forms == {NF4(double_quant=True)}
+
+
+MESHES = ["fsdp=-1", "tensor=2", "tensor=4,fsdp=-1", "data=2,fsdp=2,tensor=2", "context=2"]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_mesh_changes_no_token(stories, adapter, capsys, monkeypatch, mesh):
+    """Of three prompts, where eight devices share out rows, weights and heads, with an adapter."""
+    prompts = [word for text in ("Lily", "The big dog", "Once upon a time there was") for word in ("--prompt", text)]
+    arguments = ["--model", stories, "--adapter", adapter, *prompts]
+    assert jax.device_count() == 8
+    code, together, _ = run(capsys, *arguments, "--mesh", mesh)
+    assert code == 0
+    monkeypatch.setattr(command, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1]))
+    assert run(capsys, *arguments)[1] == together
+    assert len(together) > 60
+
+
+def test_experts_are_shared_out(random_checkpoint, stories, tmp_path, capsys, monkeypatch):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    config = json.loads((stories / "config.json").read_text())
+    sizes = {"vocab_size": config["vocab_size"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 64}
+    directory = random_checkpoint({"model_type": "qwen3_moe", "tie_word_embeddings": True} | sizes | heads | experts)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(stories / name, directory / name)
+    arguments = ["--model", directory, "--prompt", "Lily", "--prompt", "The big dog"]
+    code, together, _ = run(capsys, *arguments, "--mesh", "expert=4,tensor=2")
+    assert code == 0
+    monkeypatch.setattr(command, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1]))
+    assert run(capsys, *arguments)[1] == together
+
+
+# What a plain prompt is
+
+
+class Surrounded:
+    """A tokenizer of words that puts these tokens around every text."""
+
+    def __init__(self, before: list[int], after: list[int]):
+        self._before, self._after = before, after
+
+    def __call__(self, text: str, add_special_tokens: bool = True):
+        ids = [1 if word == "<s>" else 10 + len(word) for word in text.split()]
+        return SimpleNamespace(input_ids=[*self._before, *ids, *self._after] if add_special_tokens else ids)
+
+
+@pytest.mark.parametrize(
+    "before, after, text, ids",
+    [
+        ([1], [2], "a dog", [1, 11, 13]),
+        ([1], [], "a dog", [1, 11, 13]),
+        ([], [2], "a dog", [11, 13]),
+        ([], [], "a dog", [11, 13]),
+        ([1], [2], "<s> dog", [1, 13]),
+        ([], [2], "<s> dog", [1, 13]),
+        ([5, 6], [2, 2], "dog", [5, 6, 13]),
+        ([1], [2], "", [1]),
+        ([], [2], "", []),
+    ],
+)
+def test_a_prompt_begins_as_a_text_does_and_does_not_end(before, after, text, ids):
+    assert plain_prompt(Surrounded(before, after), text) == ids
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3_2", "gemma2", "mistral_nemo", "qwen3", "gpt2"])
+@pytest.mark.parametrize("appends", [False, True])
+def test_a_prompt_of_real_tokenizers(material, name, appends):
+    backend = Tokenizer.from_file(str(material / "tokenizers" / name / "tokenizer.json"))
+    bos = {"llama2": "<s>", "llama3_2": "<|begin_of_text|>", "gemma2": "<bos>", "mistral_nemo": "<s>"}.get(name)
+    eos = {"llama3_2": "<|eot_id|>", "gemma2": "<eos>", "qwen3": "<|im_end|>", "gpt2": "<|endoftext|>"}.get(
+        name, "</s>"
+    )
+    if appends:
+        tokens = [(token, backend.token_to_id(token)) for token in filter(None, (bos, eos))]
+        single = " ".join(filter(None, (bos, "$A", eos)))
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos)
+    ids = plain_prompt(tokenizer, "The dog sat")
+    begins = bos is not None and tokenizer("x").input_ids[0] == backend.token_to_id(bos)
+    assert tokenizer("x").input_ids[-1] == backend.token_to_id(eos) or not appends
+    assert ids.count(backend.token_to_id(bos) if bos else -1) == begins
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "The dog sat"
+    if begins:
+        assert plain_prompt(tokenizer, f"{bos}The dog sat").count(ids[0]) == 1
+
+
 def test_a_template_of_ones_own(stories, tmp_path, capsys):
     path = tmp_path / "own.jinja"
     path.write_text(TEMPLATE.replace("assistant: ", "answer:"))
@@ -163,6 +261,14 @@ def test_adapter_and_its_own_tokenizer(stories, chatty, adapter, tmp_path, capsy
         (["--chat", "--chat-template", "none.jinja"], "no such file"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--temperature", "-1"], "temperature is -1"),
+        (["--mesh", "tensor"], "--mesh must look like fsdp=-1 or tensor=2,data=4, not 'tensor'"),
+        (["--mesh", "tensor=2,tensor=4"], "--mesh must look like"),
+        (["--mesh", "rows=2"], r"mesh: unknown axes \['rows'\]; known: data, fsdp, expert, context, tensor"),
+        (["--mesh", "tensor=3"], "3 does not divide the number of devices, 8"),
+        (["--mesh", "expert=2"], "but this model has none; use data or fsdp"),
+        (["--mesh", "fsdp=-1,tensor=-1"], "-1 on at most one axis"),
+        (["--double-quant"], "--double-quant is for the scales of nf4"),
+        (["--double-quant", "--quantization", "int8"], "double_quant compresses the scales of nf4; int8 has none"),
         (["--prompt", "word " * 600], r"prompts\[0\] has .* tokens and the model 512 positions"),
     ],
 )
@@ -182,7 +288,7 @@ def test_what_is_wrong_is_said_in_a_line(stories, tmp_path, capsys, options, mes
 
 
 def test_a_prompt_without_tokens_is_refused_before_weights_are_loaded(chat_model, capsys, monkeypatch):
-    monkeypatch.setattr("jaxft.cli.generate.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("jaxft.cli.generate.base_of", lambda *_, **__: pytest.fail("weights were loaded"))
     code, out, err = run(capsys, "--model", chat_model(), "--prompt", "the dog", "--prompt", "")
     assert (code, out) == (2, "")
     assert err == "error: --prompt '' holds no token to go on from; give it a text\n"

@@ -75,6 +75,16 @@ def test_batches_have_one_shape():
     assert len(jax.tree.leaves(schedule()[0])) == 4
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
+def test_examples_seen_are_those_of_the_batches(packing, weights):
+    plan = schedule([source(40), source(15, first=100)], packing=packing, weights=weights)
+    seen = 0
+    for step in range(plan.steps(2) + 3):
+        assert plan.examples(step) == seen
+        seen += len(examples_in(plan[step]))
+
+
 def test_the_first_token_of_a_segment_is_never_supervised():
     everything = TokenizedSet.of([Tokenized(np.full(4, n, np.int32), np.ones(4, bool)) for n in (1, 2, 3)])
     batch = schedule([everything], micro_batch_size=1, accumulation_steps=1, max_length=16)[0]
