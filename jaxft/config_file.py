@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from jaxft.config import SECRET_LIKE, Config, ConfigError, YamlDumper
 from jaxft.config_errors import COMMAND_LINE, KeyPath, dotted, explain, got, show
 from jaxft.config_names import ALIASES, ELSEWHERE, NEEDS, TRANSLATIONS, is_off, meaning
-from jaxft.config_rules import idle
+from jaxft.config_rules import OF_A_NEW_ADAPTER, idle
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
     from_line = _canonical(COMMAND_LINE, map(_parse_override, overrides), problems)
 
     replaced = {key for path, given in from_line.items() for key in _replaced_by(path[0], given.value)}
+    replaced |= _give_way(where, from_file, from_line)
     tree = {path[0]: copy.deepcopy(given.value) for path, given in from_file.items() if path[0] not in replaced}
     for path, given in sorted(from_line.items(), key=lambda item: len(item[0])):  # wholes before their parts
         _assign(tree, path, given)
@@ -240,6 +241,19 @@ def _replaced_by(key: str, value: Any) -> set[str]:
     """Keys of the file that no longer hold once the command line sets `key`."""
     groups = _SPELLINGS + (_RIVALS if value else [])
     return {other for group in groups if key in group for other in group - {key}}
+
+
+def _give_way(where: str, from_file: Mapping[KeyPath, _Given], from_line: Mapping[KeyPath, _Given]) -> set[str]:
+    """Keys of the file for a new adapter, where the command line wants none, or goes on from one; tells which."""
+    given = {path[0]: given.value for path, given in from_line.items()}
+    causes = [key for key in ("adapter", "adapter_name_or_path") if given.get(key) not in (None, "lora", "dora")]
+    if not causes:
+        return set()
+    gone = {path[0] for path in from_file if path[0] in OF_A_NEW_ADAPTER} - {*given}
+    lost = [k for k in OF_A_NEW_ADAPTER if k in gone and from_file[k,].value != Config.model_fields[k].default]
+    if lost:
+        logger.warning("%s on the %s: %s of %s no longer apply", causes[0], COMMAND_LINE, ", ".join(lost), where)
+    return gone
 
 
 def _assign(tree: dict[str, Any], path: KeyPath, given: _Given) -> None:

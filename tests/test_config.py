@@ -279,8 +279,9 @@ def test_contradictions(given, problem):
     message = complaint(**given)
     assert message.startswith(f"config: {problem}")
     assert "\n" not in message
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValidationError) as caught:
         Config(**(BASE | given))
+    assert problem in str(caught.value).replace("`", "")
 
 
 # Keys without an effect
@@ -313,11 +314,23 @@ def test_what_is_given_and_has_no_effect_is_told(caplog, given, told):
         assert message.startswith(beginning)
 
 
-def test_the_command_line_may_take_back_what_has_no_effect_now(caplog):
+@pytest.mark.parametrize("override", ["adapter=none", "finetuning_type=full", "adapter_name_or_path=a"])
+def test_the_command_line_takes_back_what_has_no_effect_with_it(caplog, override):
+    given = {"lora_r": 8, "lora_alpha": 16, "use_rslora": False}
+    config = load_config(BASE | given, [override])
+    assert config == load_config(BASE, [override])
+    key = override.partition("=")[0].replace("finetuning_type", "adapter")
+    assert caplog.messages == [f"{key} on the command line: lora_r, lora_alpha of config no longer apply"]
+    assert "lora_r is that of" in complaint(**given, **{key: "none" if key == "adapter" else "a"})
+    with pytest.raises(ConfigError, match="lora_r is that of"):
+        load_config(BASE, [override, "lora_r=8"])
+
+
+def test_the_command_line_may_set_a_key_back(caplog):
     load_config(BASE | {"lora_r": 8, "lora_alpha": 16}, ["adapter=none", "lora_r=16", "lora_alpha=32"])
     assert not caplog.messages
     load_config(BASE, ["max_new_tokens=9"])
-    assert len(caplog.messages) == 1
+    assert caplog.messages == ["max_new_tokens has no effect, as the model is asked nothing"]
 
 
 @pytest.mark.parametrize(

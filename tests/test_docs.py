@@ -1,6 +1,7 @@
 """What the documentation says is what the code does."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -25,8 +26,18 @@ def test_the_page_of_config_keys_is_up_to_date():
     assert make["TARGET"].read_text(encoding="utf-8") == make["page"](), "run scripts/make_config_docs.py"
 
 
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
 @pytest.mark.core
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_that_the_readme_names_is_tried():
+    named = set(re.findall(r"configs/([\w.-]+\.yaml)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert named
+    assert named <= {path.name for path in CONFIGS}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configs_are_valid_and_open_with_a_comment(path):
     load_config(path)
     assert path.read_text(encoding="utf-8").startswith("#")

@@ -68,7 +68,9 @@ def test_every_file_parses_and_opens_with_how_to_use_it(path):
     else:
         assert path.name == "Dockerfile"
         assert re.search(r"^FROM \S+$", text, re.M)
-        for sources in re.findall(r"^COPY (.+) \S+$", text, re.M):
+        copied = re.findall(r"^COPY (.+) \S+$", text, re.M)
+        assert copied
+        for sources in copied:
             assert all((ROOT / source).exists() for source in sources.split()), sources
 
 

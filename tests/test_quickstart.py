@@ -86,9 +86,14 @@ def test_held_out_messages_say_something_new():
 
 def test_pretraining_never_shows_the_answers_form_or_a_held_out_message():
     held_out = {message for message, _ in pairs(HELD_OUT)}
-    for text in corpus.texts(SEED, make_quickstart.TEXTS):
+    texts, dialogues = (
+        list(corpus.texts(SEED, make_quickstart.TEXTS)),
+        list(corpus.dialogues(SEED, make_quickstart.DIALOGUES)),
+    )
+    assert min(map(len, (held_out, texts, dialogues))) > 100
+    for text in texts:
         assert "category:" not in text
-    for message, answer in corpus.dialogues(SEED, make_quickstart.DIALOGUES):
+    for message, answer in dialogues:
         assert message not in held_out
         assert "category:" not in answer
 

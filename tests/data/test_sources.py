@@ -216,6 +216,13 @@ def test_hub_rows_keep_their_origin(monkeypatch):
 
 def test_parse_json_is_strict():
     assert parse_json(' {"a": [1, 2.5e3, null]} \n') == {"a": [1, 2500.0, None]}
-    for text in ["NaN", '{"a": 1, "a": 1}', "1 2", "", "{'a': 1}"]:
-        with pytest.raises(ValueError):
+    for text, problem in {
+        "NaN": "NaN is not JSON",
+        "[-Infinity]": "-Infinity is not JSON",
+        '{"a": 1, "a": 1}': "key 'a' is there twice",
+        "1 2": "more after the end of the value, from column 2 on",
+        "": "Expecting value",
+        "{'a': 1}": "Expecting property name",
+    }.items():
+        with pytest.raises(ValueError, match=problem):
             parse_json(text)

@@ -235,7 +235,7 @@ def test_refuses_missing_files(base, adapter):
     with pytest.raises(ValueError, match=r"adapter_config\.json: no such file"):
         jaxft.load_adapter(jaxft.load_model(base), adapter)
     shutil.rmtree(adapter)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"adapter_config\.json: no such file"):
         jaxft.load_adapter(jaxft.load_model(base), adapter)
 
 

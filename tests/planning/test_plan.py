@@ -81,9 +81,24 @@ def test_the_parts_of_the_memory(small):
     assert memory.adapters == factors * 4 / 8
     assert memory.optimizer == pytest.approx(2 * memory.adapters, abs=64)
     assert memory.gradients == memory.adapters
-    parts = memory.base + memory.adapters + memory.optimizer + memory.gradients + memory.temporaries
-    assert parts == memory.total
+    inputs = 4 * 128 * 128 * 2  # of every layer, which the backward pass needs
+    assert inputs < memory.temporaries
     assert plan.tokens == 8 * 128
+    longer = make_plan(config.model_copy(update={"max_length": 256}), small, topology("cpu:8")).memory
+    for part in ("base", "adapters", "optimizer", "gradients"):
+        assert getattr(longer, part) == getattr(memory, part), "rows decide temporaries alone"
+    assert inputs <= longer.temporaries - memory.temporaries < 2 * memory.temporaries
+    assert longer.total - memory.total == longer.temporaries - memory.temporaries
+    assert memory.total >= memory.base + memory.adapters + memory.optimizer + memory.gradients + inputs
+
+
+def test_the_total_is_what_the_compiler_allocates(small):
+    config = load_config(BASE | {"max_length": 128, "lora_r": 8, "mesh": {"data": 1}})
+    total = make_plan(config, small, topology("cpu:1")).memory.total
+    step = AbstractStep(config, small, make_mesh({}, jax.devices()[:1]))
+    stats = step.compile().memory_analysis()
+    assert total >= stats.argument_size_in_bytes + stats.temp_size_in_bytes // 2
+    assert total <= stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
 
 
 def test_what_is_sent(small):
@@ -115,6 +130,11 @@ def test_the_report_and_the_json_say_the_same(small):
     assert "remat all but attention" in text
     assert "attention blockwise, as there is no kernel for a cpu" in text
     assert told["attention"] == "blockwise"
+    assert "held-out prompts" not in text
+    with_prompts = config.model_copy(update={"val_set_size": 4, "exact_match_samples": 30})
+    assert "not in it: the cache of 30 held-out prompts" in describe(replace(plan, config=with_prompts))
+    silent = with_prompts.model_copy(update={"sample_prompts": 0, "exact_match_samples": 0})
+    assert "held-out prompts" not in describe(replace(plan, config=silent))
     assert config_lines(plan) == (
         "mesh: {data: 2, tensor: 4}\nmicro_batch_size: 1\ngradient_accumulation_steps: 1\nremat: [attention]"
     )
@@ -184,13 +204,21 @@ def test_a_search_takes_the_fastest_that_fits(small, planned):
     fitting = [plan for plan in found.tried if plan.fits]
     assert len(fitting) == 3
     assert found.best.tokens_per_second_per_device == max(plan.tokens_per_second_per_device for plan in fitting)
-    for index, plan in enumerate(found.tried):
-        larger = [p for p in found.tried[:index] if not p.fits and p.mesh == plan.mesh]
-        assert all(plan.config.micro_batch_size < p.config.micro_batch_size for p in larger if _alike(p, plan))
 
 
-def _alike(one, other):
-    return one.config.remat == other.config.remat
+def test_a_search_passes_over_what_is_larger_than_what_did_not_fit(small, planned, monkeypatch):
+    """Of a mesh whose micro batch of n rows does not fit with a remat, none of n or more rows that keeps as much."""
+    config, machine = load_config(MANY_ROWS), tiny_machine(7 << 20)
+    smallest_first = ranked(config, small, machine)[::-1]
+    monkeypatch.setattr("jaxft.planning.search.ranked", lambda *_: smallest_first)
+    found = search(config, small, machine, compilations=500, wanted=500)
+    order, tried = [each.config for each in smallest_first], [plan.config for plan in found.tried]
+    assert [each for each in order if each in tried] == tried
+    skipped = [each for each in order if each not in tried]
+    assert skipped
+    too_large = [plan.config for plan in found.tried if not plan.fits]
+    for each in skipped:
+        assert any(one.mesh == each.mesh and one.micro_batch_size <= each.micro_batch_size for one in too_large)
 
 
 def test_a_search_that_finds_nothing_ends_with_the_least_that_there_is(small, planned, monkeypatch):

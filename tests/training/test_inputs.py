@@ -345,7 +345,9 @@ def test_examples_longer_than_the_model_has_positions(gathered, chat_model, no_w
 def test_dynamic_positions_have_no_end(gathered, chat_model, tmp_path):
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     model = chat_model(max_position_embeddings=30, rope_parameters=rope)
-    gathered(model_name_or_path=str(model), datasets=[chats(tmp_path / "chats.jsonl", 40)])
+    inputs = gathered(model_name_or_path=str(model), datasets=[chats(tmp_path / "chats.jsonl", 40)])
+    assert inputs.data.report.sources[0].longest > inputs.decoder.rope.max_positions == 30
+    assert inputs.data.report.sources[0].kept == 1
 
 
 @pytest.mark.parametrize("warmup_steps, warns", [(6, False), (7, True), (100, True)])

@@ -58,6 +58,8 @@ def settings(chat_model, write_chats, tmp_path_factory):
             "max_length": 48,
             "max_new_tokens": 4,
         }
+        if changes.get("adapter") == "none":
+            del basics["lora_r"], basics["lora_target_modules"]
         return load_config(basics | changes)
 
     return make

@@ -441,7 +441,7 @@ def test_run_json_is_never_half_written(tmp_path, monkeypatch):
         assert "loss" not in run.record
         assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "config.yaml", "run.json"]
         monkeypatch.undo()
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match="object is not JSON serializable"):
             run.write_run({"loss": object()})
         run.write_run({"loss": 0.5})
         assert json.loads(run.run_file.read_text()) == {**json.loads(before), "loss": 0.5}
