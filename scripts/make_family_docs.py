@@ -33,7 +33,7 @@ What `model_type` of a config.json may be, and what is known of each. This page 
 `scripts/make_family_docs.py`; how a family is added is told in [adding_a_family.md](adding_a_family.md).
 
 - **Logit error** is the largest difference to transformers over random models that exercise the axes of the config, in
-  float32.
+  float32, as a part of the largest logit.
 - **LoRA** sits on the modules named; `all-linear` means all of them but those in brackets. Where the experts of a layer
   are one tensor, `lora_target_parameters` names them. Routers carry none.
 - **Quantized** to int8, int4 or nf4 are these weights; all others stay in `dtype`.
@@ -64,7 +64,8 @@ def stored() -> str:
 
 
 def measure() -> dict[str, dict[str, float | int]]:
-    """model_type -> number of random models, and the largest difference of their logits to transformers'."""
+    """model_type -> number of random models, and the largest difference of their logits to transformers', as a part of
+    the largest logit of the model."""
     tests = runpy.run_path(str(ROOT / "tests" / "models" / "test_families.py"))
     tokens = np.random.default_rng(0).integers(0, tests["VOCAB"], (2, tests["LENGTH"]), dtype=np.int32)
     by_type = sorted(tests["CONFIGS"].items(), key=lambda item: item[1].model_type)
@@ -76,8 +77,9 @@ def measure() -> dict[str, dict[str, float | int]]:
             with tempfile.TemporaryDirectory() as directory:
                 reference.save_pretrained(directory)
                 ours = jaxft.load_model(directory)(tokens)
-            errors.append(float(np.abs(np.asarray(ours) - tests["torch_logits"](reference, tokens)).max()))
-        result[model_type] = {"models": len(errors), "max_logit_error": float(f"{max(errors):.1e}")}
+            theirs = tests["torch_logits"](reference, tokens)
+            errors.append(float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()))
+        result[model_type] = {"models": len(errors), "relative_logit_error": float(f"{max(errors):.1e}")}
     return result
 
 
@@ -96,7 +98,7 @@ def page(parity: dict[str, dict[str, float | int]]) -> str:
         cells = [
             f"`{model_type}`",
             family.__doc__.strip().rstrip("."),
-            f"{parity[model_type]['max_logit_error']:.1e} ({parity[model_type]['models']})",
+            f"{parity[model_type]['relative_logit_error']:.1e} ({parity[model_type]['models']})",
             ", ".join(adapted),
             ", ".join(quantized),
             "experts as parameters" if config.experts and config.experts.adapters == "target_parameters" else "modules",
