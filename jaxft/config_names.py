@@ -140,7 +140,6 @@ ELSEWHERE: dict[str, str] = {
     "dataset_text_field": "name the column in the source: `columns: {text: NAME}`",
     "dataset_prepared_path": "examples are tokenized anew at each start; drop it",
     "max_samples": "say it of a source: `datasets: [{path: train.jsonl, max_examples: 1000}]`",
-    "mask_history": "every turn of the assistant is learned; mark in the data which are not",
     "shuffle_merged_datasets": "sources are always shuffled together; drop it",
     "pad_to_sequence_len": "packed rows are `max_length` long, others as long as the longest example; drop it",
     "group_by_length": "rows are not sorted by length; set `packing: true`, which wastes less",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxft.data.chat import Renderer
+from jaxft.data.chat import Encoded, Renderer
 from jaxft.data.conversations import Conversation
 from jaxft.data.formats import Completion, Example, Text
 from jaxft.generation.generate import generate
@@ -32,7 +32,8 @@ def questions(examples: Sequence[Example], renderer: Renderer, count: int, posit
     """The first `count` examples that ask something (plain text does not) and leave room to answer.
 
     Args:
-        positions: of the model; a prompt that takes them all is passed over.
+        positions: of the model; a prompt that takes them all is passed over, and so is a conversation that its
+            template cannot render up to its last answer.
     """
     asked = []
     for example in examples:
@@ -68,7 +69,7 @@ def _of_completion(example: Completion, renderer: Renderer) -> Question:
     return Question(tokens, example.prompt, reference)
 
 
-def _of_turns(example: Conversation, renderer: Renderer) -> Question:
+def _of_turns(example: Conversation, renderer: Renderer) -> Question | None:
     turns = example.messages
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     last = max([i for i in answers if turns[i].supervised] or answers)
@@ -76,8 +77,11 @@ def _of_turns(example: Conversation, renderer: Renderer) -> Question:
     text = "\n".join(turn.content for turn in turns[asker:last] if turn.content)
 
     example = replace(example, messages=(*turns[:last], replace(turns[last], supervised=True)))
+    (found,) = renderer.encode([example])
+    if not isinstance(found, Encoded):
+        return None
     prompt, _ = renderer.prompt(example)
-    (whole,) = renderer.encode([example])
+    whole = found.tokenized
     shared = min(len(prompt), len(whole.tokens))
     differs = np.flatnonzero(prompt[:shared] != whole.tokens[:shared])
     begin = int(differs[0]) if differs.size else shared

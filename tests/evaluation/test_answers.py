@@ -4,11 +4,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from jaxft.data.chat import Renderer
-from jaxft.data.conversations import Conversation, parse_messages, parse_tools
+from jaxft.data.conversations import Conversation, parse_messages
 from jaxft.data.formats import Completion, Text
+from jaxft.data.tool_calls import parse_tools
 from jaxft.evaluation.answers import exact_matches, questions
 
-WEATHER = parse_tools([{"name": "weather", "parameters": {"type": "object", "properties": {"city": {}}}}])
+WEATHER, _ = parse_tools([{"name": "weather", "parameters": {"type": "object", "properties": {"city": {}}}}])
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
 RESULT = {"role": "tool", "content": "12 degrees", "tool_call_id": "abcdefghi"}
 CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
@@ -34,7 +35,7 @@ def model(text: str) -> dict:
 
 
 def ask(renderer: Renderer, *turns: dict, tools: tuple = ()):
-    (question,) = questions([Conversation(parse_messages(turns), tools)], renderer, 1, 10_000)
+    (question,) = questions([Conversation(parse_messages(turns, tools), tools)], renderer, 1, 10_000)
     return question
 
 
@@ -66,7 +67,7 @@ def test_the_reference_is_what_a_model_writes_that_has_learned_its_lesson(render
     r = renderer(tokenizer, template)
     conversation = Conversation(parse_messages([user("One?"), model("First."), user("Two?"), model("Second.")]))
     (question,) = questions([conversation], r, 1, 10_000)
-    tokens = r.encode([conversation])[0].tokens.tolist()
+    tokens = r.encode([conversation])[0].tokenized.tokens.tolist()
     start = len(question.tokens)
     assert tokens[:start] == question.tokens.tolist()
     written = r.tokenizer.decode(tokens[start:], skip_special_tokens=True)

@@ -25,7 +25,8 @@ peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.parity
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
+"""Of logits, as a part of the largest; random models of 64 positions differ by up to 9e-6 in float32."""
 VOCAB, LENGTH = 131, 48
 
 SMALL = dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=3, max_position_embeddings=64)
@@ -332,12 +333,17 @@ def torch_logits(reference, tokens, **kwargs):
         return reference(torch.tensor(tokens), **kwargs).logits.numpy()
 
 
+def assert_logits_agree(ours, theirs) -> None:
+    """Within `TOLERANCE` of the largest logit."""
+    np.testing.assert_allclose(ours, theirs, atol=TOLERANCE * np.abs(theirs).max(), rtol=0)
+
+
 def test_logits_agree(pair):
     reference, model = pair
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH), dtype=np.int32)
     ours = jax.jit(lambda m, t: m(t))(model, tokens)
     assert ours.dtype == np.float32
-    np.testing.assert_allclose(ours, torch_logits(reference, tokens), atol=TOLERANCE, rtol=0)
+    assert_logits_agree(ours, torch_logits(reference, tokens))
 
 
 def test_padded_batch_agrees(pair):
@@ -350,7 +356,7 @@ def test_padded_batch_agrees(pair):
         reference, tokens, attention_mask=torch.tensor(mask.astype(int)), position_ids=torch.tensor(positions)
     )
     ours = np.asarray(model(tokens, positions, mask.astype(np.int32)))
-    np.testing.assert_allclose(ours[mask], theirs[mask], atol=TOLERANCE, rtol=0)
+    assert_logits_agree(ours[mask], theirs[mask])
 
 
 def test_packed_row_equals_its_examples_alone(pair):
@@ -367,7 +373,7 @@ def test_packed_row_equals_its_examples_alone(pair):
     start = 0
     for length in lengths:
         alone = torch_logits(reference, tokens[:, start : start + length])
-        np.testing.assert_allclose(packed[:, start : start + length], alone, atol=TOLERANCE, rtol=0)
+        assert_logits_agree(packed[:, start : start + length], alone)
         start += length
 
 
@@ -416,7 +422,7 @@ def test_adapters_agree_with_peft(pair, tmp_path):
     adapted = peft.PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path, is_trainable=True).eval()
     ours, theirs = np.asarray(model(tokens)), torch_logits(adapted, tokens)
     assert np.abs(theirs - torch_logits(reference, tokens)).max() > 0.05
-    np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0)
+    assert_logits_agree(ours, theirs)
     every_linear = peft.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
     wanted = peft.get_peft_model(copy.deepcopy(reference), every_linear).targeted_module_names
     assert sorted(name for name in factors if ".experts." not in name) == sorted(wanted)
