@@ -9,13 +9,14 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from transformers import PreTrainedTokenizerBase
 
 from jaxft.data import chat
 from jaxft.data.chat import Renderer
 from jaxft.hub.model_files import companions_of
 from jaxft.paths import local_path
-from jaxft.platform import prepare
+from jaxft.platform import devices_needed, prepared
 from jaxft.sharding import hosts
 from jaxft.training.stopping import Left, leaving
 
@@ -26,9 +27,10 @@ def exit_code(action: Callable[[], int | None]) -> int:
     An error is one line on stderr. It ends all processes, and the line says which of them it befell. So does a signal.
     """
     try:
-        with leaving():
-            prepare()
-            hosts.join()
+        with leaving(), prepared():
+            with devices_needed():
+                hosts.join()
+                jax.devices()
             if not hosts.is_writer():
                 logging.getLogger().setLevel(logging.ERROR)
                 warnings.simplefilter("ignore")
