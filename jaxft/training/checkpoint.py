@@ -393,4 +393,4 @@ def _sha256_of_json(value: Any) -> str:
 
 def _reason(error: Exception) -> str:
     """What a library's error says, without TensorStore's description of itself."""
-    return (str(error).partition(" [tensorstore_spec=")[0].splitlines() or [type(error).__name__])[0]
+    return (str(error).partition(" [tensorstore_spec")[0].splitlines() or [type(error).__name__])[0]
