@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +20,7 @@ from jaxft.hub.load import load_model
 from jaxft.hub.model_files import companions_of
 from jaxft.models.decoder import Decoder
 from jaxft.paths import local_path
-from jaxft.platform import prepare
+from jaxft.platform import devices_needed, prepared
 from jaxft.quantization.formats import parse_format
 from jaxft.sharding import hosts
 from jaxft.sharding.mesh import make_mesh
@@ -32,9 +33,10 @@ def exit_code(action: Callable[[], int | None]) -> int:
     An error is one line on stderr. It ends all processes, and the line says which of them it befell. So does a signal.
     """
     try:
-        with leaving():
-            prepare()
-            hosts.join()
+        with leaving(), prepared():
+            with devices_needed():
+                hosts.join()
+                jax.devices()
             if not hosts.is_writer():
                 logging.getLogger().setLevel(logging.ERROR)
                 warnings.simplefilter("ignore")

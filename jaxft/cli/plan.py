@@ -20,6 +20,7 @@ from jaxft.planning.machines import topology
 from jaxft.planning.plan import Plan, make_plan
 from jaxft.planning.report import HEADING, config_lines, describe, row
 from jaxft.planning.search import rows_of, search
+from jaxft.platform import prepared
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_intermixed_args(arguments)
     jax.config.update("jax_enable_compilation_cache", False)  # how long the compiler takes is part of the plan
     try:
-        return int(not _plan(parsed))
+        with prepared():
+            return int(not _plan(parsed))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from jaxft.adapters.attach import detach
@@ -32,7 +33,7 @@ from jaxft.hub.peft import read_adapter_config, save_adapter
 from jaxft.hub.save import save_model
 from jaxft.models.count import ParameterCount, count_parameters
 from jaxft.models.decoder import Decoder
-from jaxft.platform import prepare
+from jaxft.platform import devices_needed, prepared
 from jaxft.sharding import hosts
 from jaxft.sharding.mesh import batch_ways
 from jaxft.training.account import NonFiniteLossError
@@ -72,8 +73,9 @@ def train(config: str | Path | Mapping[str, Any], **overrides: Any) -> TrainResu
     """
     as_json = partial(json.dumps, ensure_ascii=False, default=os.fspath)
     words = [f"{key}={as_json(value)}" for key, value in overrides.items()]
-    prepare()
-    with hosts.together(Preempted, NonFiniteLossError):
+    with prepared(), hosts.together(Preempted, NonFiniteLossError):
+        with devices_needed():
+            jax.devices()
         return run(load_config(config, words), _plain_console())
 
 

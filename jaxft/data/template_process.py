@@ -3,7 +3,8 @@
 A chat template is a program that came with a model. Jinja's sandbox keeps it from Python's internals, but
 not from `'a' * 10**9` or endless loops, and no list of forbidden operations would be complete. So a child
 renders. It has a limit on memory (on Linux) and on output, and is killed when it takes too long. It inherits
-no environment variables, so no secrets. One child serves all renders of one template.
+no environment variables but those with which Python finds its libraries, so no secrets. One child serves
+all renders of one template.
 
 This file is also the child's program. It imports only Jinja and the standard library, and starts in a
 fraction of a second. Requests and replies are lines of JSON, strictly in turn.
@@ -15,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import weakref
 from datetime import date, datetime
@@ -26,6 +28,8 @@ import jinja2.sandbox
 
 MEMORY_LIMIT = 1 << 29  # bytes of address space
 OUTPUT_LIMIT = 1 << 24  # characters of one rendered conversation
+NEEDED = ("LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPLATLIBDIR", "__PYVENV_LAUNCHER__", "SYSTEMROOT")
+"""Variables without which some Pythons do not start; so are all that begin with `DYLD_`."""
 
 
 class TemplateError(ValueError):
@@ -54,7 +58,7 @@ class TemplateProcess:
         self._template = {"source": source, "variables": variables, "today": today.isoformat()}
         self._time_limit = time_limit
         self._lock = threading.Lock()
-        self._child: subprocess.Popen | None = None
+        self._child: _Child | None = None
 
     def render(self, jobs: list[dict]) -> list[str]:
         """One text per job; a job holds variables of the template: messages, tools and so on."""
@@ -66,7 +70,10 @@ class TemplateProcess:
 
     def _ask(self, request: str) -> dict:
         if self._child is None:
-            self._child = _start()
+            try:
+                self._child = _Child()
+            except OSError as error:
+                raise StoppedError(f"the chat template's process does not start: {error}") from None
             weakref.finalize(self, _stop, self._child)
         child, line = self._child, ""
         with contextlib.suppress(BrokenPipeError):  # the child is gone: there is no line to read either
@@ -81,18 +88,26 @@ class TemplateProcess:
         self._child = None
         if overdue:
             raise StoppedError(f"the chat template ran for more than {self._time_limit:g} s and was stopped")
-        raise StoppedError(f"the chat template's process ended with code {child.returncode}")
+        child.told.seek(0)
+        said = " ".join(child.told.read().decode(errors="replace").split())[-500:]
+        raise StoppedError(f"the chat template's process ended with code {child.returncode}{said and ': ' + said}")
 
 
-def _start() -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-P", __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        encoding="ascii",
-        env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        start_new_session=True,  # Ctrl-C is for the parent; the child ends when its input does
-    )
+class _Child(subprocess.Popen):
+    """What it writes on stderr, by which nobody waits, is in the file `told`."""
+
+    def __init__(self):
+        self.told = tempfile.TemporaryFile()  # noqa: SIM115  (closed when the child is forgotten)
+        kept = {name: value for name, value in os.environ.items() if name in NEEDED or name.startswith("DYLD_")}
+        super().__init__(
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.told,
+            encoding="ascii",
+            env=kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,  # Ctrl-C is for the parent; the child ends when its input does
+        )
 
 
 def _stop(child: subprocess.Popen) -> None:

@@ -16,7 +16,7 @@ from jaxft.hub.encoded import Files
 from jaxft.hub.kept import say, tell
 from jaxft.hub.model_files import companions_of, config_file, open_files, open_weights, read_config, read_json
 from jaxft.hub.prequantized import Prequantized, Weights
-from jaxft.hub.resolve import resolve_model
+from jaxft.hub.resolve import ResolvedModel, resolve_model
 from jaxft.hub.stack import Storage
 from jaxft.hub.stream import load_weights
 from jaxft.models.config import DecoderConfig, Source
@@ -49,6 +49,7 @@ def load_model(
     mesh: Mesh | None = None,
     *,
     revision: str | None = None,
+    resolved: ResolvedModel | None = None,
     remat: Remat = "none",
     scan_layers: bool = True,
     attn_implementation: Implementation = "auto",
@@ -63,6 +64,7 @@ def load_model(
             (`jaxft.hub.prequantized`, `jaxft.hub.kept`).
         mesh: devices to shard over, with axes data, fsdp, expert, context, tensor (`jaxft.sharding.mesh.make_mesh`).
         revision: branch, tag or commit of a hub id.
+        resolved: what `path` was found to be; None: it is looked up. A branch may move between two looks.
         remat, scan_layers, attn_implementation: see `Decoder`.
 
     Raises:
@@ -70,7 +72,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; weights are stored in {' or '.join(DTYPES)} (or see `quantization`)")
-    resolved = resolve_model(str(path), revision)
+    resolved = resolved or resolve_model(str(path), revision)
     config, checkpoint = open_model(resolved.path)
     if mesh is not None:
         check_mesh(config, mesh)

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxft.models.linear import Weight
 from jaxft.models.parameter import Parameter
 from jaxft.quantization.qtensor import Format, QTensor, quantize
+from jaxft.sharding.jax_internals import declared
 from jaxft.sharding.layout import in_memory, layout_of
 
 
@@ -127,9 +128,7 @@ def _declared(pairs: jax.Array, dtype: jnp.dtype) -> jax.Array:
     when the array has been through a compiled function.
     """
     *axes, width = pairs.shape
-    aval = jax.core.ShapedArray((*axes, 2 * width), dtype)
-    buffers = [shard.data for shard in pairs.addressable_shards]
-    return type(pairs)(aval, pairs.sharding, buffers, committed=pairs.committed, _skip_checks=True)
+    return declared(pairs, (*axes, 2 * width), dtype)
 
 
 @partial(jax.jit, static_argnames="dtype", donate_argnames="x")

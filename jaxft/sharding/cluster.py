@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jax._src import clusters  # jax.distributed.initialize() asks them, too, but only to begin at once
+from jaxft.sharding.jax_internals import clusters
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +80,14 @@ def _nowhere(env: Environment) -> None:
         )
 
 
-def _detected(env: Environment) -> type[clusters.ClusterEnv] | None:
+def _detected(env: Environment) -> type | None:
     """The cluster that JAX would choose.
 
     It would ask Kubernetes in any pod; only the pods of an indexed job have a number.
     """
-    for kind in clusters.ClusterEnv._cluster_types:
-        if kind.opt_in_only_method or (kind is clusters.K8sCluster and "JOB_COMPLETION_INDEX" not in env):
+    known = clusters()
+    for kind in known.kinds:
+        if kind is known.kubernetes and "JOB_COMPLETION_INDEX" not in env:
             continue
         try:
             if kind.is_env_present():

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-from jax._src import distributed  # the client of the coordination service has no public name
 
 from jaxft.sharding.cluster import CONNECT_SECONDS, find
+from jaxft.sharding.jax_internals import service
 
 PATIENCE = 6 * 3600
 """Seconds that processes wait for one that is alive: it may be writing a large model."""
@@ -55,7 +55,7 @@ def join() -> None:
     Raises:
         ValueError: the others cannot be reached, or JAX has touched a device.
     """
-    if _state().client is None:
+    if service().client is None:
         here = find()
         if here is None:
             return
@@ -83,12 +83,12 @@ def join() -> None:
 
 def count() -> int:
     """Processes of the run."""
-    return _state().num_processes
+    return service().num_processes
 
 
 def index() -> int:
     """Which of them this is, from 0."""
-    return _state().process_id
+    return service().process_id
 
 
 def is_writer() -> bool:
@@ -197,7 +197,7 @@ def together(*expected: type[BaseException]) -> Iterator[None]:
 
 def part() -> None:
     """The run is done: wait for the others, then leave them."""
-    if count() == 1 or _state().client is None:
+    if count() == 1 or service().client is None:
         return
     barrier()
     _leaving.set()
@@ -279,9 +279,5 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def _state() -> Any:
-    return distributed.global_state
-
-
 def _client() -> Any:
-    return _state().client
+    return service().client

@@ -13,10 +13,12 @@ One run owns the directory at a time (`jaxft.training.run_directory` sees to it)
 what a killed process left half written or half deleted.
 """
 
+import functools
 import hashlib
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -82,6 +84,7 @@ class Checkpoints:
             "state": ocp.PyTreeCheckpointHandler(use_compression=False),  # trained floats hardly compress
             "manifest": ocp.JsonCheckpointHandler(),
         }
+        _hush_closed_loops()
         options = ocp.CheckpointManagerOptions(todelete_subdir=_OUTDATED, single_host_load_and_broadcast=True)
         try:
             if hosts.is_writer():
@@ -140,6 +143,7 @@ class Checkpoints:
             CheckpointError: a value is not finite, the disk lacks space, or this or the previous save failed.
                 The checkpoints there before are untouched.
         """
+        self._require_directory()
         if (there := self.steps()) and there[-1] >= step:
             raise CheckpointError(f"{self.directory}: cannot save step {step} after step {there[-1]}")
         arrays = _named(state)
@@ -166,6 +170,10 @@ class Checkpoints:
             return self._saved[1]
         return state_digest(state)
 
+    def saving(self) -> bool:
+        """Whether this process still writes. Once none does, `wait` takes no time, and tells of a failure soon."""
+        return self._pending is not None and self._manager.is_saving_in_progress()
+
     def wait(self) -> None:
         """Wait until the save in progress is on disk, then delete the steps no longer to be kept.
 
@@ -179,6 +187,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._failure(step, error) from error
+        self._require_directory()
         there = self.steps()
         kept = {*there[-self._keep :], self.best_step()}
         self._delete(set(there) - kept)
@@ -304,7 +313,14 @@ class Checkpoints:
                 f"a checkpoint takes {(size + _OVERHEAD) / 1e6:.0f} MB; {self._last_good()}"
             )
 
+    def _require_directory(self) -> None:
+        if hosts.is_writer() and not self.directory.is_dir():
+            raise CheckpointError(
+                f"{self.directory} is gone: it was deleted or moved while the run used it, and its checkpoints with it"
+            )
+
     def _failure(self, step: int, error: Exception) -> CheckpointError:
+        self._require_directory()
         return CheckpointError(f"{self._path(step)} could not be written: {_reason(error)}; {self._last_good()}")
 
     def _last_good(self) -> str:
@@ -315,6 +331,21 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
+
+
+@functools.cache
+def _hush_closed_loops() -> None:
+    """Drop what TensorStore's threads say, a hundred times, of the event loop that Orbax closed after a failure.
+
+    The failure itself is raised.
+    """
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+            before(found)
+
+    sys.unraisablehook = hook
 
 
 def state_digest(state: TrainState) -> str:
@@ -376,4 +407,4 @@ def _sha256_of_json(value: Any) -> str:
 
 def _reason(error: Exception) -> str:
     """What a library's error says, without TensorStore's description of itself."""
-    return (str(error).partition(" [tensorstore_spec=")[0].splitlines() or [type(error).__name__])[0]
+    return (str(error).partition(" [tensorstore_spec")[0].splitlines() or [type(error).__name__])[0]

@@ -87,8 +87,12 @@ class Inputs:
             self.recipe.storage,
             self.recipe.quantization,
             self.mesh,
-            revision=c.model_revision,
+            resolved=self.resolved,
         )
+        if model.source.fingerprint != self.base_fingerprint:
+            raise ValueError(
+                f"{self.resolved.path}: the weights were changed since the run looked at them; nothing was trained"
+            )
         self.recipe.configure(model)
         if c.adapter == "none":
             return model

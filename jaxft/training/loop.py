@@ -149,7 +149,10 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
             finished = step == inputs.total_steps or books.stopped_early
             overdue = is_writer() and is_overdue(config, time.monotonic() - saved)  # clocks differ
             slow = account.seconds > WAITED_FOR
-            stopping, overdue, slow = any_process((stop.requested, overdue, slow), inputs.mesh)
+            flags = (stop.requested, overdue, slow, checkpoints.saving())
+            stopping, overdue, slow, saving = any_process(flags, inputs.mesh)
+            if not saving:
+                checkpoints.wait()  # so that a full disk is told now, not at the next save
             ahead = 1 if slow else AHEAD
             if improved or finished or stopping or overdue or saves:
                 saved = time.monotonic()

@@ -1,4 +1,5 @@
 import os
+import sys
 import time
 from datetime import date
 
@@ -80,3 +81,49 @@ def test_no_secret_reaches_the_child(monkeypatch):
     if os.path.exists("/proc"):
         with open(f"/proc/{renderer._child.pid}/environ", "rb") as environment:
             assert b"canary" not in environment.read()
+
+
+@pytest.fixture
+def python(tmp_path, monkeypatch):
+    """`python(lines)`: sys.executable is a program of the shell that does this."""
+
+    def make(lines: str) -> None:
+        program = tmp_path / "python"
+        program.write_text(f"#!/bin/sh\n{lines}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(program))
+
+    return make
+
+
+def test_the_child_gets_what_python_needs_to_start_and_no_secret(python, tmp_path, monkeypatch):
+    needed = {"LD_LIBRARY_PATH": "/opt/lib", "PYTHONHOME": sys.base_prefix, "DYLD_FALLBACK_LIBRARY_PATH": "/x"}
+    for name, value in {**needed, "HF_TOKEN": "canary", "AWS_SECRET_ACCESS_KEY": "canary", "LD_PRELOADED": "x"}.items():
+        monkeypatch.setenv(name, value)
+    python(f'env > "{tmp_path}/env"; exec "{sys.executable}" "$@"')
+    assert process("done").render([{}]) == ["done"]
+    found = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
+    assert found.items() >= needed.items()
+    assert {*found} - {*needed} <= {"PYTHONPATH", "PWD", "_", "SHLVL", "OLDPWD"}
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ("echo 'libpython3.so: cannot open shared object file' >&2; exit 127", "code 127: libpython3.so: cannot open"),
+        ("echo one >&2; echo two >&2; exit 1", "code 1: one two"),
+        ("exit 3", "code 3"),
+        ("head -c 200000 /dev/zero | tr '\\0' x >&2; exit 4", "code 4: " + "x" * 500),
+    ],
+)
+def test_a_child_that_cannot_start_says_why(python, lines, message):
+    python(lines)
+    with pytest.raises(TemplateError) as error:
+        process("done").render([{}])
+    assert str(error.value).startswith(f"the chat template's process ended with {message}")
+
+
+def test_a_python_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(TemplateError, match=r"process does not start: .*No such file or directory: '/nowhere/python'"):
+        process("done").render([{}])

@@ -24,9 +24,6 @@ from jaxft.training.checkpoint import CheckpointError, Checkpoints, DamagedCheck
 from jaxft.training.state import TrainState
 from jaxft.training.step import initial_state
 
-# Orbax leaves threads behind that complain about closed event loops when a read or a write has failed.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 Q, V, NORM = "model.layers.self_attn.q_proj.A", "model.layers.self_attn.v_proj.B", "model.norm.weight"
 LARGE = 100_000  # rows; 3.2 MB in each of three arrays
 CUT = P("fsdp", "tensor")
@@ -463,6 +460,37 @@ def test_a_disk_that_fills_up_leaves_the_last_good_step(tmp_path):
         assert_same(checkpoints.restore(make_state(rows=LARGE)).state, make_state(1, rows=LARGE))
         checkpoints.save(2, make_state(2, rows=LARGE), {"at": 2})  # there is space again
         assert checkpoints.restore(make_state(rows=LARGE)).progress == {"at": 2}
+
+
+def test_a_failed_save_is_told_soon_after_it_failed(tmp_path):
+    """Not at the next one, which may come an hour later."""
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert not checkpoints.saving()
+        checkpoints.save(1, make_state(1), {})
+        checkpoints.wait()
+        assert not checkpoints.saving()
+        with full_disk():
+            checkpoints.save(2, make_state(2, rows=LARGE), {})
+            assert checkpoints.saving()
+            deadline = time.monotonic() + 30
+            while checkpoints.saving():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            with pytest.raises(CheckpointError, match=r"2 could not be written: .*step 1 is there to resume from"):
+                checkpoints.wait()
+        checkpoints.save(2, make_state(2), {})
+        assert checkpoints.steps() == [2]
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_directory_that_goes_away_is_not_called_damaged(tmp_path, moved):
+    directory = tmp_path / "run" / "checkpoints"
+    with Checkpoints(directory, keep=1) as checkpoints:
+        checkpoints.save(1, make_state(1), {})
+        checkpoints.wait()
+        (tmp_path / "run").rename(tmp_path / "other") if moved else shutil.rmtree(tmp_path / "run")
+        with pytest.raises(CheckpointError, match="checkpoints is gone: it was deleted or moved while the run used it"):
+            checkpoints.save(2, make_state(2), {})
 
 
 def test_a_failed_save_surfaces_when_the_run_ends(tmp_path):

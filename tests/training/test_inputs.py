@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
 import jaxft
@@ -255,6 +256,48 @@ def test_a_fingerprint_changes_with_what_it_stands_for_alone(gathered, model, da
     after = fingerprints()
     assert set(before) == set(FINGERPRINTS)
     assert {name for name in before if after[name] != before[name]} == {changed}
+
+
+# The base that was looked at is the base that is trained
+
+
+@pytest.fixture
+def on_the_hub(model, chat_model, tmp_path, monkeypatch):
+    """`org/model` in a cache of the Hub, with two commits; a function moves its branch to the other one."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "cache" / "models--org--model"
+    (repository / "refs").mkdir(parents=True)
+    for commit, directory in {"a" * 40: model, "b" * 40: chat_model(seed=1)}.items():
+        shutil.copytree(directory, repository / "snapshots" / commit)
+    move = (repository / "refs" / "main").write_text
+    move("a" * 40)
+    return move
+
+
+def test_a_branch_that_moves_after_the_data_was_read_moves_nothing(gathered, on_the_hub, model):
+    inputs = gathered(model_name_or_path="org/model")
+    described = inputs.fingerprints["base"]
+    on_the_hub("b" * 40)
+    source = inputs.load().source
+    assert source.fingerprint == described == jaxft.load_model(model).source.fingerprint
+    assert (source.name, source.revision) == ("org/model", "a" * 40)
+    assert source.path.endswith("a" * 40)
+    other = gathered(model_name_or_path="org/model")
+    assert other.fingerprints["base"] != described
+    assert other.load().source.revision == "b" * 40
+
+
+def test_weights_that_change_in_their_directory_are_noticed(gathered, model, tmp_path):
+    shutil.copytree(model, tmp_path / "base")
+    inputs = gathered(model_name_or_path=str(tmp_path / "base"))
+    inputs.describe()
+    assert inputs.base_fingerprint
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(ValueError, match="base: the weights were changed since the run looked at them"):
+        inputs.load()
 
 
 # What is refused before a weight is read
