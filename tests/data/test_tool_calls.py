@@ -79,6 +79,11 @@ def test_tools():
     ):
         assert parse_tools(given)[0] == (wrapped,)
     assert parse_tools(None) == parse_tools("[]") == parse_tools("") == ((), ())
-    for bad, reason in [("{", "not JSON"), (7, "must be a list"), ([{"x": 1}], "without a name"), (["f"], "schema, not text")]:
+    for bad, reason in [
+        ("{", "not JSON"),
+        (7, "must be a list"),
+        ([{"x": 1}], "without a name"),
+        (["f"], "schema, not text"),
+    ]:
         with pytest.raises(ValueError, match=reason):
             parse_tools(bad)
