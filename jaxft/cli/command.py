@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxft.data import chat
 from jaxft.data.chat import Renderer
-from jaxft.hub.load import load_model
+from jaxft.hub.digests import check_digests
+from jaxft.hub.load import eos_token_ids, load_model
 from jaxft.hub.model_files import companions_of
+from jaxft.hub.tokenizer_files import SETTINGS, TEXT_EOS
 from jaxft.models.decoder import Decoder
 from jaxft.paths import local_path
 from jaxft.platform import devices_needed, prepared
@@ -111,9 +113,28 @@ def base_of(options: argparse.Namespace, mesh: Mesh) -> Decoder:
 
 
 def load_tokenizer(model: Path, adapter: str | Path | None = None) -> PreTrainedTokenizerBase:
-    """The adapter's tokenizer, which may have another chat template, or else the model's."""
-    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
-    return chat.load_tokenizer(adapter if own else companions_of(model))
+    """The adapter's tokenizer, which may have another chat template, or else the model's.
+
+    Texts end with the EOS that they ended with in training, where an export calls the end of answers EOS.
+
+    Raises:
+        ValueError: there is none, it is damaged, or the adapter's files are not as jaxft wrote them.
+    """
+    own = adapter is not None and (Path(adapter) / SETTINGS).exists()
+    if adapter is not None:
+        check_digests(Path(adapter))
+    tokenizer = chat.load_tokenizer(adapter if own else companions_of(model))
+    if (trained := tokenizer.init_kwargs.get(TEXT_EOS)) is not None:
+        tokenizer.eos_token = trained
+    return tokenizer
+
+
+def stop_ids(model: Path, adapter: str | Path | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a text: the model's own, and those that the adapter's files name."""
+    found = set(eos_token_ids(model, tokenizer.eos_token_id))
+    if adapter is not None:
+        found |= set(eos_token_ids(Path(adapter), None))
+    return found
 
 
 def end_of_turn(renderer: Renderer) -> set[int]:

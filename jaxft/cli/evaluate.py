@@ -18,6 +18,7 @@ from jaxft.data.formats import FORMATS
 from jaxft.data.prepare import prepare
 from jaxft.data.tokenized import check_vocabulary
 from jaxft.evaluation.loss import Score, score
+from jaxft.hub.digests import check_digests
 from jaxft.hub.model_files import read_config
 from jaxft.hub.peft import load_adapter, read_adapter_config
 from jaxft.hub.resolve import resolve_model
@@ -67,7 +68,8 @@ def _run(options: argparse.Namespace) -> None:
     mesh = mesh_of(options)
     directory = resolve_model(options.model, options.revision).path
     if options.adapter is not None:
-        read_adapter_config(Path(options.adapter))  # complains before weights are read
+        check_digests(Path(options.adapter))
+        read_adapter_config(Path(options.adapter))  # both complain before weights are read
     data = prepare(
         [DatasetConfig(path=options.data, type=options.type, columns=options.columns)],
         Renderer(load_tokenizer(directory, options.adapter), options.chat_template),

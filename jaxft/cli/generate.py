@@ -8,11 +8,20 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from jaxft.cli.command import add_model_options, base_of, end_of_turn, exit_code, load_tokenizer, local, mesh_of
+from jaxft.cli.command import (
+    add_model_options,
+    base_of,
+    end_of_turn,
+    exit_code,
+    load_tokenizer,
+    local,
+    mesh_of,
+    stop_ids,
+)
 from jaxft.data.chat import Renderer
 from jaxft.data.conversations import Conversation, Message
 from jaxft.generation.generate import generate
-from jaxft.hub.load import eos_token_ids
+from jaxft.hub.consumers import adapter_of, consumers
 from jaxft.hub.peft import load_adapter
 from jaxft.hub.resolve import resolve_model
 from jaxft.sharding import hosts
@@ -44,7 +53,7 @@ def _run(options: argparse.Namespace) -> None:
     mesh = mesh_of(options)
     directory = resolve_model(options.model, options.revision).path
     tokenizer = load_tokenizer(directory, options.adapter)
-    eos_ids = set(eos_token_ids(directory, tokenizer.eos_token_id))
+    eos_ids = stop_ids(directory, options.adapter, tokenizer)
     if options.chat:
         renderer = Renderer(tokenizer, options.chat_template)
         prompts = [_ask(renderer, text, options.system) for text in options.prompt]
@@ -55,9 +64,11 @@ def _run(options: argparse.Namespace) -> None:
         if not ids:
             raise ValueError(f"--prompt {text!r} holds no token to go on from; give it a text")
 
+    told: list[str] = []
     model = base_of(options, mesh)
     if options.adapter is not None:
         model = load_adapter(model, options.adapter)
+        told = consumers(adapter_of(model))
     start = time.perf_counter()
     completions = generate(
         model,
@@ -73,6 +84,8 @@ def _run(options: argparse.Namespace) -> None:
         return
     for prompt, completion in zip(prompts, completions, strict=True):
         print(_text(tokenizer, prompt, completion))
+    for line in told:
+        print(line, file=sys.stderr)
     print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
 
 

@@ -23,14 +23,15 @@ from rich.console import Console
 
 from jaxft.adapters.attach import detach
 from jaxft.cli.command import end_of_turn, exit_code, local
-from jaxft.cli.export import add_tokenizer, carry_template, digests, staged, stop_at_end_of_turn
 from jaxft.config import Config
 from jaxft.config_file import load_config
 from jaxft.evaluation.answers import Question, answers, exact_matches, questions
 from jaxft.evaluation.report import ExactMatch, ReportData, Sample, write_report
+from jaxft.hub.consumers import adapter_of, consumers
+from jaxft.hub.digests import digests
 from jaxft.hub.load import eos_token_ids
-from jaxft.hub.peft import read_adapter_config, save_adapter
-from jaxft.hub.save import save_model
+from jaxft.hub.peft import read_adapter_config
+from jaxft.hub.stage import clear_stale
 from jaxft.models.count import ParameterCount, count_parameters
 from jaxft.models.decoder import Decoder
 from jaxft.platform import devices_needed, prepared
@@ -38,6 +39,7 @@ from jaxft.sharding import hosts
 from jaxft.sharding.mesh import batch_ways
 from jaxft.training.account import NonFiniteLossError
 from jaxft.training.checkpoint import Checkpoints
+from jaxft.training.export import base_record, describe_stops, export, learned_stops
 from jaxft.training.inputs import Inputs, gather
 from jaxft.training.logging import MetricsLog, Progress, check_trackers, open_sinks, read_metrics
 from jaxft.training.loop import PREEMPTED, Outcome, Preempted, Start, fit, start
@@ -101,6 +103,8 @@ def run(config: Config, console: Console, idle: AbstractContextManager[None] | N
     say(describe_batch(inputs))
     with ExitStack() as ending:
         directory = ending.enter_context(open_run(config.output_dir, again, resolved(config), inputs.fingerprints))
+        if hosts.is_writer():
+            clear_stale(directory.path)
         model = inputs.load()
         asked = _ask(inputs)
         before = _answer(detach(model), inputs, asked)
@@ -119,8 +123,12 @@ def run(config: Config, console: Console, idle: AbstractContextManager[None] | N
             ):
                 ending.enter_context(idle or nullcontext())
                 outcome = fit(inputs, begin, checkpoints, log, progress)
-        exported = _export(outcome, inputs, directory)
+        stops = learned_stops(inputs, end_of_turn(inputs.renderer))
+        exported = export(outcome.model, inputs, directory, stops)
         say(f"wrote {exported} (step {outcome.exported_step})")
+        say(describe_stops(stops))
+        for line in consumers(adapter_of(outcome.model)) if config.adapter != "none" else ():
+            say(line)
         final = _final_metrics(outcome) | {"exact_match": None}
         directory.finish(
             {
@@ -128,6 +136,8 @@ def run(config: Config, console: Console, idle: AbstractContextManager[None] | N
                 "data": asdict(inputs.data.report),
                 "parameters": [count._asdict() for count in counts],
                 "chat_template": inputs.chat_template,
+                "stop_tokens": stops,
+                "base": base_record(inputs),
                 "result_sha256": digests(exported) if hosts.is_writer() else {},
             }
         )
@@ -330,28 +340,6 @@ def _answer(model: Decoder, inputs: Inputs, asked: Sequence[Question]) -> list[s
     renderer = inputs.renderer
     stops = {*eos_token_ids(inputs.resolved.path, renderer.tokenizer.eos_token_id), *end_of_turn(renderer)}
     return answers(model, renderer, asked, sorted(stops), inputs.config.max_new_tokens)
-
-
-def _export(outcome: Outcome, inputs: Inputs, directory: RunDirectory) -> Path:
-    """Write the result, with the tokenizer and the chat template that it was trained with."""
-    template, full = inputs.chat_template, inputs.config.adapter == "none"
-    target = directory.path / "model" if full else directory.adapter
-    if not hosts.is_writer():
-        (partial(save_model, dtype=inputs.recipe.storage) if full else save_adapter)(
-            outcome.model, target
-        )  # its part in it
-        hosts.barrier()
-        return target
-    with staged(target, replace=True) as stage:  # what is there is of a run that was killed after training
-        if full:
-            save_model(outcome.model, stage, inputs.recipe.storage)
-            carry_template(stage, template)
-            stop_at_end_of_turn(stage, template)
-        else:
-            save_adapter(outcome.model, stage)
-            add_tokenizer(inputs.resolved.path, stage, template)
-    hosts.barrier()
-    return target
 
 
 def _compare(

@@ -10,10 +10,7 @@ The index and the names of the shards are those of transformers.
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -35,9 +32,9 @@ from jaxft.hub.safetensors_writer import (
     atomic_file,
     nbytes_of,
     require_space,
-    sync_directory,
     write_safetensors,
 )
+from jaxft.hub.stage import staged_in
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -175,21 +172,6 @@ def refuse_weights(directory: Path, stem: str = "model") -> None:
     """Raise SafetensorsError where a directory already holds a checkpoint."""
     if stale := [entry.name for entry in directory.iterdir() if _belongs(entry.name, stem)]:
         raise SafetensorsError(f"{directory}: already holds {_a_few(stale)}; remove them or choose another")
-
-
-@contextmanager
-def staged_in(directory: Path) -> Iterator[Path]:
-    """A place to write files, which take their place in `directory` when the block ends, and vanish if it fails."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".jaxft.", suffix=".tmp", dir=directory) as name:
-        stage = Path(name)
-        yield stage
-        for entry in sorted(stage.iterdir()):
-            target = directory / entry.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(entry, target)
-    sync_directory(directory)
 
 
 def _read_index(path: Path) -> dict[str, set[str]]:

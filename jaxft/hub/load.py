@@ -5,6 +5,7 @@ The weights themselves come by `stream`, a few tensors at a time.
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,7 +87,8 @@ def load_model(
     }
     make = load_weights(checkpoint, storages).__getitem__
     model = Decoder(config, make, storage, remat, scan_layers, attn_implementation)
-    model.source = Source(str(path), str(resolved.path), resolved.revision, fingerprint(open_files(resolved.path)))
+    identity = fingerprint(open_files(resolved.path))
+    model.source = Source(str(path), os.path.abspath(resolved.path), resolved.revision, identity)
     if mesh is not None:
         bind(model, mesh)
     return model

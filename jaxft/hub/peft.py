@@ -6,6 +6,7 @@ change the base) is refused.
 """
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Collection
@@ -17,10 +18,14 @@ import numpy as np
 
 from jaxft.adapters.attach import Factors, attach_factors, check_experts, factors_of, sites, targets_of
 from jaxft.adapters.targets import OUTPUT_HEAD, LoraConfig
-from jaxft.hub.checkpoint import Checkpoint, staged_in
+from jaxft.hub.checkpoint import Checkpoint
+from jaxft.hub.digests import check_digests, write_digests
+from jaxft.hub.kept import say
 from jaxft.hub.model_files import read_json
 from jaxft.hub.peft_experts import PREFIX, flat, split, unflat, wrapper
 from jaxft.hub.safetensors_writer import write_safetensors
+from jaxft.hub.stage import staged_in
+from jaxft.models.config import Source
 from jaxft.models.decoder import Decoder
 from jaxft.sharding.arrays import on_host
 from jaxft.sharding.hosts import is_writer
@@ -40,7 +45,18 @@ _UNSUPPORTED = (
     "alora_invocation_tokens",
     "use_qalora",
     "arrow_config",
+    "use_bdlora",
 )
+_HONOURED = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias"),
+    *("fan_in_fan_out", "init_lora_weights"),
+}
+_ABOUT = {
+    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "peft_version"),
+    *("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+}
+"""Keys that say where an adapter comes from, or how it was trained, and nothing of what it computes."""
 
 
 def load_adapter(model: Decoder, directory: str | Path, *, check_base: bool = True) -> Decoder:
@@ -52,9 +68,10 @@ def load_adapter(model: Decoder, directory: str | Path, *, check_base: bool = Tr
         check_base: refuse an adapter that records another base's fingerprint (adapters written here do).
 
     Raises:
-        ValueError: the adapter does not fit the model, or uses something unsupported.
+        ValueError: the adapter does not fit the model, uses something unsupported, or is not as jaxft wrote it.
     """
     directory = Path(directory)
+    check_digests(directory)
     config = read_adapter_config(directory)
     checkpoint = Checkpoint.open(directory, stem=TENSOR_STEM)
     if check_base:
@@ -101,6 +118,8 @@ def read_adapter_config(directory: Path) -> LoraConfig:
         )
     if not raw.get("target_modules") and not raw.get("target_parameters"):
         raise ValueError(f"{path}: target_modules is missing")
+    if unknown := [key for key in raw if key not in _HONOURED | _ABOUT | {*_UNSUPPORTED} and raw[key]]:
+        say(f"{path}: keys unknown to jaxft have no effect: {', '.join(sorted(unknown))}")
     return LoraConfig(
         r=raw.get("r", 8),
         lora_alpha=raw.get("lora_alpha", 8),
@@ -118,7 +137,7 @@ def read_adapter_config(directory: Path) -> LoraConfig:
 
 
 def save_adapter(model: Decoder, directory: str | Path) -> Path:
-    """Write the model's adapter as a PEFT directory, in float32. Returns the directory.
+    """Write the model's adapter as a PEFT directory, in float32, with the digests of its files. Returns the directory.
 
     Of several processes all call it, and process 0 writes.
 
@@ -144,7 +163,15 @@ def save_adapter(model: Decoder, directory: str | Path) -> Path:
     with staged_in(directory) as stage:
         write_safetensors(stage / f"{TENSOR_STEM}.safetensors", tensors, lambda name: tensors[name], metadata)
         (stage / CONFIG_FILE).write_text(text, encoding="utf-8")
+        write_digests(stage)
     return directory
+
+
+def base_of(source: Source | None) -> tuple[str | None, str | None]:
+    """What an adapter calls its base: the repository and the commit, or the absolute path of a directory or file."""
+    if source is None or source.revision is not None:
+        return (None, None) if source is None else (source.name, source.revision)
+    return os.path.abspath(source.path), None
 
 
 def _adapter_config(model: Decoder, factors: dict[str, Factors]) -> dict[str, Any]:
@@ -159,12 +186,12 @@ def _adapter_config(model: Decoder, factors: dict[str, Factors]) -> dict[str, An
             if rank:
                 ranks[module], alphas[module] = rank, alpha
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    source = model.source
+    base, revision = base_of(model.source)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None if source is None else source.name,
-        "revision": None if source is None else source.revision,
+        "base_model_name_or_path": base,
+        "revision": revision,
         "inference_mode": True,
         "r": r,
         "lora_alpha": _plain(alpha),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters.attach import sites
-from jaxft.hub.checkpoint import Checkpoint, refuse_weights, staged_in, write_checkpoint
+from jaxft.hub.checkpoint import Checkpoint, refuse_weights, write_checkpoint
 from jaxft.hub.model_files import companions_of, read_config
 from jaxft.hub.safetensors import TensorInfo
+from jaxft.hub.stage import staged_in
 from jaxft.hub.text_part import TextPart
 from jaxft.models.decoder import Decoder, parameters
 from jaxft.models.hf_config import decoder_config
@@ -102,9 +104,10 @@ def save_model(
         return directory
     if decoder_config(config).tie_word_embeddings != model.config.tie_word_embeddings:
         config["tie_word_embeddings"] = model.config.tie_word_embeddings
-    written = {str(spec.dtype) for spec in specs.values()}
-    if len(written) == 1:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = written.pop()
+    (written, _), *_ = Counter(str(spec.dtype) for spec in specs.values()).most_common(1)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and (part is config or {"dtype", "torch_dtype"} & part.keys()):
+            part["torch_dtype" if "torch_dtype" in part else "dtype"] = written
     with staged_in(directory) as stage:
         write_checkpoint(stage, specs | rest, produce, max_shard_bytes=max_shard_bytes)
         (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -113,8 +116,16 @@ def save_model(
 
 
 def copy_companions(source: Path, directory: Path) -> None:
-    """Copy tokenizer, template and generation settings of the model `source`."""
+    """Copy tokenizer, template and generation settings of the model `source`.
+
+    Raises:
+        ValueError: it is not there any more.
+    """
     source = companions_of(source)
+    if not source.is_dir():
+        raise ValueError(
+            f"{source}: no such directory: the model was moved or removed while it was in use; put it back"
+        )
     for name in COMPANIONS:
         if (source / name).is_dir():
             shutil.copytree(source / name, directory / name, dirs_exist_ok=True)

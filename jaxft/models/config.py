@@ -81,8 +81,8 @@ class Source:
     """The directory a model was read from: what is needed to write it out again, and to notice when it changed.
 
     Attributes:
-        name: as the user gave it: a hub id or a path. It becomes PEFT's `base_model_name_or_path`.
-        path: the directory.
+        name: as the user gave it: a hub id or a path.
+        path: the directory, or the GGUF file.
         revision: the commit it was downloaded at, for a hub id.
         fingerprint: identifies the weights (`jaxft.hub.load.fingerprint`).
     """

@@ -1,5 +1,6 @@
 """Exports, read back by PEFT and transformers; and every reason not to export."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -18,8 +19,11 @@ from jaxft.adapters.targets import LoraConfig
 from jaxft.cli import export
 from jaxft.config_file import load_config
 from jaxft.data.chat import CHATML
+from jaxft.hub.digests import check_digests, digests, write_digests
 from jaxft.hub.load import config_fingerprint
+from jaxft.hub.save import copy_companions
 from jaxft.models.decoder import Decoder
+from jaxft.training.companions import carry_template, dress, stop_tokens
 
 LORA = LoraConfig(r=3, lora_alpha=12)
 TOKENS = np.random.default_rng(0).integers(0, 49152, (2, 9), dtype=np.int32)
@@ -63,6 +67,7 @@ def run(base, tmp_path_factory) -> Path:
     tuned = attach_factors(model, LORA, factors)
     directory = tmp_path_factory.mktemp("run")
     jaxft.save_adapter(tuned, directory / "adapter")
+    copy_companions(base, directory / "adapter")
     settings = {
         "chat_template": "chatml",
         "quant_type": "nf4",
@@ -87,14 +92,23 @@ def finish(run: Path, model: Decoder, settings: dict, template: str) -> None:
     """Write what a run leaves beside its result."""
     settings = {"model_name_or_path": model.source.name, "output_dir": str(run), "datasets": ["x"]} | settings
     (run / "config.yaml").write_text(load_config(settings).to_yaml())
+    result = run / ("model" if settings.get("adapter") == "none" else "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(result)
+    stops = stop_tokens(Path(model.source.path), tokenizer, [2], learned=True)
+    dress(result, template, stops, LLAMA["vocab_size"])
     record = {
         "finished": "2025-01-01T00:00:00+00:00",
         "fingerprints": {
+            "data": "0" * 64,
             "base": model.source.fingerprint,
             "base config": config_fingerprint(Path(model.source.path)),
+            "chat template": hashlib.sha256(template.encode()).hexdigest(),
         },
+        "versions": {"jaxft": "0"},
         "chat_template": template,
-        "result_sha256": export.digests(run / ("model" if "adapter" in settings else "adapter")),
+        "stop_tokens": stops,
+        "base": {"name": model.source.name, "path": model.source.path, "revision": None},
+        "result_sha256": digests(result),
     }
     (run / "run.json").write_text(json.dumps(record))
 
@@ -197,13 +211,15 @@ def test_template_of_the_run_goes_along(base, peft_export, merged_export):
     assert AutoTokenizer.from_pretrained(base).chat_template != CHATML
     for output in (peft_export, merged_export):
         assert AutoTokenizer.from_pretrained(output).chat_template == CHATML
-    assert not (peft_export / "generation_config.json").exists()
 
 
-def test_generation_stops_where_answers_were_trained_to_end(merged_export):
-    settings = json.loads((merged_export / "generation_config.json").read_text())
-    ends = AutoTokenizer.from_pretrained(merged_export).convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    assert settings == {"eos_token_id": sorted(ends), "temperature": 0.6}
+def test_generation_stops_where_answers_were_trained_to_end(peft_export, merged_export):
+    for output in (peft_export, merged_export):
+        settings = json.loads((output / "generation_config.json").read_text())
+        tokenizer = AutoTokenizer.from_pretrained(output)
+        ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+        assert settings == {"eos_token_id": sorted(ends), "temperature": 0.6}
+        assert tokenizer.eos_token == "<|im_end|>"
 
 
 def test_template_replaces_all_others(base, tmp_path):
@@ -217,9 +233,9 @@ def test_template_replaces_all_others(base, tmp_path):
     assert own.keys() == {"default", "tool_use"}
 
     for unchanged in (None, own["default"]):
-        export.carry_template(directory, unchanged)
+        carry_template(directory, unchanged)
         assert AutoTokenizer.from_pretrained(directory).chat_template == own
-    export.carry_template(directory, own["tool_use"])
+    carry_template(directory, own["tool_use"])
     assert AutoTokenizer.from_pretrained(directory).chat_template == own["tool_use"]
     del settings["chat_template"]
     assert json.loads((directory / "tokenizer_config.json").read_text()) == settings
@@ -255,6 +271,11 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def edit_base(run: Path, **changes) -> None:
+    record = json.loads((run / "run.json").read_text())
+    edit_json(run / "run.json", base=record["base"] | changes)
+
+
 def interrupt(run: Path) -> None:
     edit_json(run / "run.json", finished=None)
     shutil.rmtree(run / "adapter")
@@ -275,7 +296,27 @@ FAULTS = {
         lambda run: (run / "adapter" / "adapter_config.json").unlink(),
         "adapter_config.json is missing",
     ),
-    "no-base": (lambda run: edit_config(run, model_name_or_path="./gone"), "no such directory: './gone'"),
+    "no-base": (
+        lambda run: edit_base(run, path="/gone/model"),
+        "/gone/model: no such directory or file; ",
+    ),
+    "another-template": (
+        lambda run: edit_json(run / "run.json", chat_template="{{ messages }}"),
+        "run.json: the chat_template is not the one that was trained with",
+    ),
+    "no-template": (
+        lambda run: edit_json(run / "run.json", chat_template=None),
+        "is not the one that was trained with",
+    ),
+    "null-fingerprints": (lambda run: edit_json(run / "run.json", fingerprints=None), "is damaged: fingerprints holds"),
+    "null-digests": (lambda run: edit_json(run / "run.json", result_sha256=None), "is damaged: result_sha256 holds"),
+    "no-digests": (lambda run: edit_json(run / "run.json", result_sha256={}), "is damaged: result_sha256 holds"),
+    "digests-of-others": (
+        lambda run: edit_json(run / "run.json", result_sha256={"x": "y"}),
+        "is damaged: result_sha256 lacks adapter_config.json, adapter_model.safetensors",
+    ),
+    "base-is-text": (lambda run: edit_json(run / "run.json", base="model"), "is damaged: base holds"),
+    "a-list": (lambda run: (run / "run.json").write_text("[]"), "run.json: holds a list, not an object"),
 }
 
 
@@ -312,25 +353,52 @@ def test_refuses_an_adapter_that_does_not_fit(run, tmp_path, capsys):
     factors = load_file(copy / "adapter" / "adapter_model.safetensors")
     lost = factors.popitem()[0].removesuffix(".weight").rpartition(".")[0].removeprefix("base_model.model.")
     save_file(factors, copy / "adapter" / "adapter_model.safetensors")
-    edit_json(copy / "run.json", result_sha256=export.digests(copy / "adapter"))
+    write_digests(copy / "adapter")
+    edit_json(copy / "run.json", result_sha256=digests(copy / "adapter"))
     for form in ("peft", "merged"):
         refused(copy, form, tmp_path / form, f"{lost} has ", capsys)
 
 
 def test_refuses_another_base(run, random_checkpoint, tmp_path, capsys):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
-    edit_config(copy, model_name_or_path=str(random_checkpoint(LLAMA, seed=1)))
+    edit_base(copy, path=str(random_checkpoint(LLAMA, seed=1)))
     for form in ("peft", "merged"):
         refused(copy, form, tmp_path / form, f"not the weights that {copy} was trained on", capsys)
 
 
 def test_refuses_a_base_whose_config_changed(run, base, tmp_path, capsys):
     copy, other = Path(shutil.copytree(run, tmp_path / "run")), Path(shutil.copytree(base, tmp_path / "base"))
-    edit_config(copy, model_name_or_path=str(other))
+    edit_base(copy, path=str(other))
     edit_json(other / "config.json", transformers_version="9.9")
     assert main(copy, "peft", tmp_path / "the same") == 0
     edit_json(other / "config.json", rms_norm_eps=1e-3)
     refused(copy, "peft", tmp_path / "out", f"not the config.json that {copy} was trained on", capsys)
+
+
+# The base
+
+
+def test_the_base_is_found_where_it_was_and_where_it_is_now(run, base, tmp_path, monkeypatch, capsys):
+    """Whatever directory the command is called from, and whatever the config calls the base."""
+    copy, moved = Path(shutil.copytree(run, tmp_path / "run")), Path(shutil.copytree(base, tmp_path / "moved"))
+    edit_config(copy, model_name_or_path="base")
+    monkeypatch.chdir(tmp_path)
+    exported(Path("run"), "peft", tmp_path / "a" / "out")
+    assert base_named(tmp_path / "a" / "out") == (str(base), None)
+    edit_base(copy, path="/gone/model", name="base")
+    refused(copy, "peft", tmp_path / "b", "(model_name_or_path: base). If it was moved, say with --base", capsys)
+    exported(Path("run"), "peft", tmp_path / "c" / "out", "--base", "moved")
+    assert base_named(tmp_path / "c" / "out") == (str(moved), None)
+    exported(Path("run"), "peft", tmp_path / "d" / "out", "--base", "moved", "--base-name", "org/model")
+    assert base_named(tmp_path / "d" / "out") == ("org/model", None)
+    refused(copy, "peft", tmp_path / "e", "--base-name is empty", capsys, "--base-name", " ")
+
+
+def base_named(adapter: Path) -> tuple[str, str | None]:
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    check_digests(adapter)
+    assert f"base_model: {json.dumps(settings['base_model_name_or_path'])}\n" in (adapter / "README.md").read_text()
+    return settings["base_model_name_or_path"], settings["revision"]
 
 
 def test_refuses_to_write_over_anything(run, tmp_path, capsys):
@@ -355,7 +423,7 @@ def test_refuses_a_dtype_that_cannot_hold_the_weights(full_run, tmp_path, capsys
     weights = load_file(copy / "model" / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * ml_dtypes.bfloat16(1e5)
     save_file(weights, copy / "model" / "model.safetensors")
-    edit_json(copy / "run.json", result_sha256=export.digests(copy / "model"))
+    edit_json(copy / "run.json", result_sha256=digests(copy / "model"))
     refused(copy, "merged", tmp_path / "out", "not finite in float16", capsys, "--dtype", "float16")
 
 

@@ -13,6 +13,7 @@ from huggingface_hub import constants
 import jaxft
 from jaxft.adapters.attach import attach, attach_factors, factors_of
 from jaxft.adapters.targets import LoraConfig
+from jaxft.hub.digests import DIGEST_FILE, write_digests
 from jaxft.hub.peft import HEAD_COPY
 from jaxft.hub.safetensors import SafetensorsFile
 from jaxft.hub.safetensors_writer import write_safetensors
@@ -175,11 +176,13 @@ def adapter(base, tmp_path):
 
 
 def edit_config(adapter, **changes):
+    (adapter / DIGEST_FILE).unlink(missing_ok=True)  # as a user is told who edits on purpose
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def edit_tensors(adapter, change):
+    (adapter / DIGEST_FILE).unlink(missing_ok=True)
     path = adapter / "adapter_model.safetensors"
     with SafetensorsFile(path) as file:
         tensors = {name: np.array(file.read(name)) for name in file.tensors}
@@ -231,6 +234,7 @@ def test_refuses_tensors(base, adapter, change, message):
 
 
 def test_refuses_missing_files(base, adapter):
+    (adapter / DIGEST_FILE).unlink()
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(ValueError, match=r"adapter_config\.json: no such file"):
         jaxft.load_adapter(jaxft.load_model(base), adapter)
@@ -240,11 +244,78 @@ def test_refuses_missing_files(base, adapter):
 
 
 def test_refuses_a_pickle(base, adapter):
+    (adapter / DIGEST_FILE).unlink()
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ValueError, match="adapter: holds its weights only as pickles") as error:
         jaxft.load_adapter(jaxft.load_model(base), adapter)
     assert "for name in ['adapter_model.bin']:" in str(error.value)
     assert "save_file(state, 'adapter_model.safetensors', " in str(error.value)
+
+
+def change_alpha(adapter):
+    path = adapter / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
+
+
+def flip_bit(adapter):
+    path = adapter / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 64  # an exponent
+    path.write_bytes(content)
+
+
+CHANGES = {
+    "alpha": (change_alpha, "adapter_config.json is not as it was written"),
+    "a bit of a tensor": (flip_bit, "adapter_model.safetensors is not as it was written"),
+    "the template": (lambda d: (d / "chat_template.jinja").write_text("{{ x }}"), "chat_template.jinja is not as it"),
+    "lost": (lambda d: (d / "chat_template.jinja").unlink(), "chat_template.jinja is missing"),
+    "the record": (lambda d: (d / DIGEST_FILE).write_text('{"sha256": null}'), f"{DIGEST_FILE} is damaged"),
+}
+
+
+@pytest.mark.parametrize("change, message", CHANGES.values(), ids=CHANGES)
+def test_files_that_changed_are_not_used(base, adapter, change, message):
+    """Unless the user who changed them says so, and in an adapter that has no record of its files."""
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    write_digests(adapter)
+    (adapter / "README.md").write_text("my notes")
+    model = jaxft.load_model(base)
+    jaxft.load_adapter(model, adapter)
+    change(adapter)
+    with pytest.raises(ValueError) as error:
+        jaxft.load_adapter(model, adapter)
+    assert message in str(error.value)
+    assert f"if it was changed on purpose, delete {DIGEST_FILE}" in str(error.value)
+    (adapter / DIGEST_FILE).unlink()
+    jaxft.load_adapter(model, adapter)
+
+
+def test_keys_that_have_no_effect_are_told(base, adapter, caplog):
+    """Those that say where an adapter comes from are no such keys, nor are those at a value that means nothing."""
+    model = jaxft.load_model(base)
+    quiet = dict(kasa_config=None, peft_version="9", megatron_core="megatron.core", eva_config={"rho": 2}, novel=[])
+    edit_config(adapter, **quiet)
+    jaxft.load_adapter(model, adapter)
+    assert caplog.messages == []
+    edit_config(adapter, lora_beta=3, gates={"q_proj": 1})
+    jaxft.load_adapter(model, adapter)
+    assert caplog.messages == [
+        f"{adapter / 'adapter_config.json'}: keys unknown to jaxft have no effect: gates, lora_beta"
+    ]
+
+
+@pytest.mark.parametrize("given", ["base", "./base", "../here/base/", "~/base"])
+def test_a_base_in_a_directory_is_named_by_its_absolute_path(base, tmp_path, monkeypatch, given):
+    """So that it is found from another directory, and that no hub is asked for a repository of that name."""
+    home = tmp_path / "here"
+    shutil.copytree(base, home / "base")
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HOME", str(home))
+    model = randomised(jaxft.load_model(given), LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
+    monkeypatch.chdir(tmp_path)
+    jaxft.save_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (str(home / "base"), None)
 
 
 @pytest.mark.parametrize("write", ["adapter", "model"])
