@@ -93,7 +93,8 @@ def _change_eos(directory: Path, token: str, before: str | None, template: str |
     kept = {name: (directory / name).read_bytes() for name in (SETTINGS, SPECIALS) if (directory / name).exists()}
     expected = load_tokenizer(directory)(list(_SAMPLES)).input_ids
     set_eos_token(directory, token, before)
-    if load_tokenizer(directory)(list(_SAMPLES)).input_ids != expected:
+    appends = (read_json(directory / SETTINGS) if SETTINGS in kept else {}).get("add_eos_token")
+    if appends or load_tokenizer(directory)(list(_SAMPLES)).input_ids != expected:
         for name, content in kept.items():
             (directory / name).write_bytes(content)
         logger.warning(
