@@ -82,10 +82,17 @@ def attach(model: Decoder, config: LoraConfig, key: jax.Array) -> Decoder:
     """The model with fresh adapters: A uniform in ±1/√in (Kaiming, a = √5), B zero, so that nothing changes yet.
 
     Raises:
-        ValueError: as `targets_of` and `check_experts`; or the model has adapters already.
+        ValueError: as `targets_of` and `check_experts`; a regular expression matches an output head that is the
+            embedding; or the model has adapters already.
     """
     model = _copy(model)
     chosen = targets_of(model, config)
+    (head,) = model.config.names("lm_head", None)
+    if model.lm_head is None and isinstance(config.target_modules, str) and config.chooses(head):
+        raise ValueError(
+            f"target_modules {config.target_modules!r} matches {head}, which this model shares with its embedding and "
+            f"which gets no adapter; leave it out of the expression: (?!{head}$)(?:{config.target_modules})"
+        )
     for index, site in enumerate(sites(model)):
         spec = _spec(site, config, chosen)
         if spec is None:

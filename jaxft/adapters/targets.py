@@ -40,7 +40,7 @@ class LoraConfig:
         """
         modules, parameters = list(modules), list(parameters)
         self._check_patterns()
-        chosen = [name for name in modules if self._targets(name) and not _matches(self.exclude_modules, name)]
+        chosen = [name for name in modules if self.chooses(name)]
         if not chosen and not self.target_parameters:
             raise ValueError(
                 f"target_modules {self.target_modules!r} matches no linear layer; there are: {_summary(modules)}"
@@ -60,6 +60,10 @@ class LoraConfig:
                 if not any(ends_with(pattern, name) for name in chosen):
                     raise ValueError(f"{option}: {pattern!r} matches none of the targets: {_summary(chosen)}")
         return chosen
+
+    def chooses(self, module: str) -> bool:
+        """Whether `target_modules` and what excepts from it choose a linear layer of that name."""
+        return self._targets(module) and not _matches(self.exclude_modules, module)
 
     def _check_patterns(self) -> None:
         for option in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):

@@ -130,8 +130,10 @@ def load_tokenizer(model: Path, adapter: str | Path | None = None) -> PreTrained
 
 
 def stop_ids(model: Path, adapter: str | Path | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end a text: the model's own, and those that the adapter's files name."""
+    """The tokens that end a text: the model's own, and those that the files of the tokenizer and the adapter name."""
     found = set(eos_token_ids(model, tokenizer.eos_token_id))
+    if (named := tokenizer.init_kwargs.get("eos_token")) is not None:
+        found.add(tokenizer.convert_tokens_to_ids(str(named)))
     if adapter is not None:
         found |= set(eos_token_ids(Path(adapter), None))
     return found

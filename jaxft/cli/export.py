@@ -35,6 +35,7 @@ from jaxft.models.config import Source
 from jaxft.models.decoder import Decoder, describe_model, parameters
 from jaxft.sharding import hosts
 from jaxft.training.companions import dress
+from jaxft.training.export import template_name
 from jaxft.training.result import Run, find_base, open_result
 
 logger = logging.getLogger(__name__)
@@ -60,13 +61,16 @@ def write_adapter(run: Run, directory: Path, source: Source, base_name: str | No
     else:
         for name in (CONFIG_FILE, f"{TENSOR_STEM}.safetensors"):
             shutil.copyfile(run.result / name, directory / name)
+    commit = run.record["base"]["revision"]
     name, revision = (base_name, None) if base_name is not None else base_of(source)
+    if base_name is None and commit is not None:  # the same weights, wherever a copy of them is
+        name, revision = run.base_name, commit
     settings = read_json(directory / CONFIG_FILE)
     settings |= {"base_model_name_or_path": name, "revision": revision}
     write_json(directory / CONFIG_FILE, dict(sorted(settings.items())))
     copy_companions(run.result, directory)
     dress(directory, run.record["chat_template"], run.record["stop_tokens"], base.config.vocab_size)
-    adapter = adapter_of(model)
+    adapter = adapter_of(model, Path(name if base_name is not None else source.path))
     write_card(directory, card_of(run, name, revision, adapter))
     write_digests(directory)
     return adapter
@@ -114,7 +118,7 @@ def card_of(run: Run, base: str, revision: str | None, adapter: Adapter | None) 
     """What the model card of an export says."""
     record = run.record
     data = {name: record["fingerprints"][name] for name in ("data", "held-out data") if name in record["fingerprints"]}
-    template = None if record["chat_template"] is None else run.config.chat_template or "the base's own"
+    template = template_name(run.config, record["chat_template"])
     return Card(
         run.path.absolute().name, base, revision, adapter, record["stop_tokens"], template, data, record["versions"]
     )

@@ -68,7 +68,7 @@ def _run(options: argparse.Namespace) -> None:
     model = base_of(options, mesh)
     if options.adapter is not None:
         model = load_adapter(model, options.adapter)
-        told = consumers(adapter_of(model))
+        told = consumers(adapter_of(model, directory))
     start = time.perf_counter()
     completions = generate(
         model,

@@ -27,7 +27,6 @@ from jaxft.config import Config
 from jaxft.config_file import load_config
 from jaxft.evaluation.answers import Question, answers, exact_matches, questions
 from jaxft.evaluation.report import ExactMatch, ReportData, Sample, write_report
-from jaxft.hub.consumers import adapter_of, consumers
 from jaxft.hub.digests import digests
 from jaxft.hub.load import eos_token_ids
 from jaxft.hub.peft import read_adapter_config
@@ -39,7 +38,7 @@ from jaxft.sharding import hosts
 from jaxft.sharding.mesh import batch_ways
 from jaxft.training.account import NonFiniteLossError
 from jaxft.training.checkpoint import Checkpoints
-from jaxft.training.export import base_record, describe_stops, export, learned_stops
+from jaxft.training.export import base_record, describe_stops, export, learned_stops, refusals
 from jaxft.training.inputs import Inputs, gather
 from jaxft.training.logging import MetricsLog, Progress, check_trackers, open_sinks, read_metrics
 from jaxft.training.loop import PREEMPTED, Outcome, Preempted, Start, fit, start
@@ -98,9 +97,12 @@ def run(config: Config, console: Console, idle: AbstractContextManager[None] | N
         check_length(config.output_dir, inputs.total_steps)
     hosts.agree(inputs.fingerprints)
     say(str(inputs.data.report))
-    counts = count_parameters(inputs.describe(), inputs.recipe.trained_type)
+    described = inputs.describe()
+    counts = count_parameters(described, inputs.recipe.trained_type)
     say(describe_parameters(counts))
     say(describe_batch(inputs))
+    for line in refusals(described, inputs):
+        say(line)
     with ExitStack() as ending:
         directory = ending.enter_context(open_run(config.output_dir, again, resolved(config), inputs.fingerprints))
         if hosts.is_writer():
@@ -127,7 +129,7 @@ def run(config: Config, console: Console, idle: AbstractContextManager[None] | N
         exported = export(outcome.model, inputs, directory, stops)
         say(f"wrote {exported} (step {outcome.exported_step})")
         say(describe_stops(stops))
-        for line in consumers(adapter_of(outcome.model)) if config.adapter != "none" else ():
+        for line in refusals(outcome.model, inputs):
             say(line)
         final = _final_metrics(outcome) | {"exact_match": None}
         directory.finish(
@@ -182,10 +184,13 @@ def dry_run(config: Config, console: Console) -> None:
         check_same(config.output_dir, again, resolved(config), inputs.fingerprints)
     console.print(resolved(config))
     console.print(str(inputs.data.report))
-    console.print(describe_parameters(count_parameters(inputs.describe(), inputs.recipe.trained_type)))
+    described = inputs.describe()
+    console.print(describe_parameters(count_parameters(described, inputs.recipe.trained_type)))
     console.print("\nthe first example, with what is learned between ⟦ and ⟧:\n")
     console.print(inputs.renderer.show(inputs.data.train[0][0]))
     console.print("\n" + describe_batch(inputs))
+    for line in refusals(described, inputs):
+        console.print(line)
     if asked := _ask(inputs):
         console.print(
             f"before and after, the model answers {len(asked)} held-out prompts with up to {config.max_new_tokens} "

@@ -14,6 +14,7 @@ spell the two at their ends already; then they are read as the tokens, and not a
 the chat template before it came here keeps its special tokens, and is closed by the template's end of turn.
 """
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
@@ -63,7 +64,7 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         ValueError: there is none, or it is damaged.
     """
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a damaged file makes it raise nearly anything
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
@@ -71,6 +72,28 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         if any(Path(directory).glob("*.gguf")):
             reason = "put the original model's tokenizer files beside the GGUF file, whose own copy is not read"
         raise ValueError(f"{directory}: no tokenizer can be loaded from it: {reason}") from error
+    _tell_missing_bos(tokenizer, Path(directory))
+    return tokenizer
+
+
+def _tell_missing_bos(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """transformers 5 adds the BOS that tokenizer.json asks for; made from `tokenizer.model` alone, it adds none."""
+    alone = (directory / "tokenizer.model").exists() and not (directory / "tokenizer.json").exists()
+    if not alone or tokenizer.bos_token_id is None or "add_bos_token" in _settings(directory):
+        return
+    if tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
+        logger.warning(
+            "%s holds tokenizer.model and no tokenizer.json: with such a tokenizer transformers adds no %s to a text, "
+            "though most models that have one expect it; put the original's tokenizer.json beside it, or set "
+            "add_bos_token in tokenizer_config.json",
+            directory,
+            tokenizer.bos_token,
+        )
+
+
+def _settings(directory: Path) -> dict:
+    path = directory / "tokenizer_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 class Renderer:

@@ -5,8 +5,10 @@ all that jaxft writes; here is told what others do not, and what to export for t
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from jaxft.adapters.attach import sites
+from jaxft.hub.resolve import is_gguf
 from jaxft.models.decoder import Decoder
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -40,8 +42,8 @@ class Adapter:
         return max(rank for rank, _ in self.sizes.values())
 
 
-def adapter_of(model: Decoder) -> Adapter:
-    """Of a model with an adapter; no values are looked at, so that an abstract model will do."""
+def adapter_of(model: Decoder, base: Path) -> Adapter:
+    """Of a model with an adapter on this base; no values are looked at, so that an abstract model will do."""
     sizes, parameters, rslora, dora = {}, set(), False, False
     for site in sites(model):
         if (lora := site.linear.adapter) is None:
@@ -52,8 +54,7 @@ def adapter_of(model: Decoder) -> Adapter:
         rslora, dora = rslora or spec.use_rslora, dora or spec.use_dora
         if site.target == "target_parameters":
             parameters |= set(site.modules)
-    gguf = model.source is not None and model.source.path.endswith(".gguf")
-    return Adapter(sizes, rslora, dora, frozenset(parameters), model.config.transposed, gguf)
+    return Adapter(sizes, rslora, dora, frozenset(parameters), model.config.transposed, is_gguf(base))
 
 
 def consumers(adapter: Adapter) -> list[str]:

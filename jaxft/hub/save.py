@@ -40,6 +40,11 @@ COMPANIONS = (
 )
 """What a model directory holds beside config and weights."""
 
+_MOVED = (
+    "the model was moved or changed while it was in use. Put it back; "
+    "a run that had trained to its end is then exported by resume_from_checkpoint=true"
+)
+
 
 def save_model(
     model: Decoder, directory: str | Path, dtype: str | None = None, *, max_shard_bytes: int = 5_000_000_000
@@ -123,14 +128,24 @@ def copy_companions(source: Path, directory: Path) -> None:
     """
     source = companions_of(source)
     if not source.is_dir():
-        raise ValueError(
-            f"{source}: no such directory: the model was moved or removed while it was in use; put it back"
-        )
+        raise ValueError(f"{source}: no such directory; {_MOVED}")
     for name in COMPANIONS:
         if (source / name).is_dir():
             shutil.copytree(source / name, directory / name, dirs_exist_ok=True)
         elif (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
+
+
+def require_tokenizer(directory: Path, source: Path) -> None:
+    """Refuse to go on without the tokenizer that should have come from the model `source`.
+
+    Raises:
+        ValueError: names where it was to come from.
+    """
+    if not any(
+        (directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    ):
+        raise ValueError(f"{companions_of(source)} holds no tokenizer any more; {_MOVED}")
 
 
 def _by_name(model: Decoder) -> dict[str, tuple[Parameter, jax.Array, tuple[int, ...]]]:

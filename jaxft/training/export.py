@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.config import Config
 from jaxft.hub.card import Card, write_card
-from jaxft.hub.consumers import adapter_of
+from jaxft.hub.consumers import adapter_of, consumers
 from jaxft.hub.digests import write_digests
 from jaxft.hub.peft import base_of, save_adapter
-from jaxft.hub.save import copy_companions, save_model
+from jaxft.hub.save import copy_companions, require_tokenizer, save_model
 from jaxft.hub.stage import staged
 from jaxft.models.decoder import Decoder
 from jaxft.sharding import hosts
@@ -41,6 +42,18 @@ def describe_stops(stops: Mapping[str, int]) -> str:
     return f"answers end with {first}, which is the exported tokenizer's eos_token{also}"
 
 
+def refusals(model: Decoder, inputs: Inputs) -> list[str]:
+    """Who will not take what this run leaves as it is; a line each. The model may be abstract."""
+    return [] if inputs.config.adapter == "none" else consumers(adapter_of(model, inputs.resolved.path))
+
+
+def template_name(config: Config, template: str | None) -> str | None:
+    """What the chat template is called where others read it, without the directories that it lies in."""
+    if template is None or config.chat_template is None:
+        return None if template is None else "the base's own"
+    return "the run's own" if "{" in config.chat_template else Path(config.chat_template).name
+
+
 def base_record(inputs: Inputs) -> dict[str, Any]:
     """Where the base is: what the config calls it, its absolute path, and the commit if it came from the Hub."""
     resolved = inputs.resolved
@@ -64,6 +77,7 @@ def export(model: Decoder, inputs: Inputs, directory: RunDirectory, stops: Mappi
         save(model, stage)
         if not full:
             copy_companions(inputs.resolved.path, stage)
+        require_tokenizer(stage, inputs.resolved.path)
         dress(stage, inputs.chat_template, stops, inputs.decoder.vocab_size)
         write_card(stage, _card(model, inputs, directory, stops))
         if not full:
@@ -79,9 +93,9 @@ def _card(model: Decoder, inputs: Inputs, directory: RunDirectory, stops: Mappin
         title=directory.path.absolute().name,
         base=base,
         revision=revision,
-        adapter=None if config.adapter == "none" else adapter_of(model),
+        adapter=None if config.adapter == "none" else adapter_of(model, inputs.resolved.path),
         stops=stops,
-        template=None if inputs.chat_template is None else config.chat_template or "the base's own",
+        template=template_name(config, inputs.chat_template),
         data={name: record["fingerprints"][name] for name in ("data", "held-out data")},
         versions=record["versions"],
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxft.config import Config
 from jaxft.config_file import load_config
-from jaxft.hub.digests import digests, is_digests
+from jaxft.hub.digests import digests, texts_by_name
 from jaxft.hub.load import config_fingerprint, fingerprint
 from jaxft.hub.model_files import open_files, read_json
 from jaxft.hub.peft import CONFIG_FILE, TENSOR_STEM
@@ -107,13 +107,14 @@ def _where_it_was(run: Run) -> ResolvedModel:
 
 def _check_record(path: Path, record: dict[str, Any]) -> None:
     """Refuse a `run.json` that lacks what an export needs, or holds something else in its place."""
-    needed = {"fingerprints", "result_sha256", "chat_template", "base", "stop_tokens"}
+    needed = {"fingerprints", "result_sha256", "chat_template", "base", "stop_tokens", "versions"}
     if lacking := needed - record.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(lacking))}: damaged, or of another version")
     prints, base, template = record["fingerprints"], record["base"], record["chat_template"]
     sound = {
-        "fingerprints": is_digests(prints) and {"base", "base config", "chat template"} <= prints.keys(),
-        "result_sha256": is_digests(record["result_sha256"]),
+        "fingerprints": texts_by_name(prints) and {"base", "base config", "chat template"} <= prints.keys(),
+        "result_sha256": texts_by_name(record["result_sha256"]),
+        "versions": texts_by_name(record["versions"]),
         "chat_template": template is None or isinstance(template, str),
         "base": isinstance(base, dict)
         and all(isinstance(base.get(key), str) for key in ("name", "path"))

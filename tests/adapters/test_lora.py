@@ -322,3 +322,25 @@ def test_row_squares_of_a_stack_are_those_of_each(form):
     weight = stack if form is None else quantize(stack, parse_format(form))
     dense = stack if form is None else weight.dequantize(jnp.float32)
     np.testing.assert_allclose(row_squares(weight), np.sum(np.square(dense), axis=-1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [r".*", r"lm_head|.*\.q_proj", r"(.*\.)?lm_\w+|.*v_proj"])
+def test_an_expression_that_matches_a_head_that_is_the_embedding_is_refused(random_checkpoint, targets):
+    """The advice in the message works, and so does an exception; a head of its own gets its adapter."""
+    llama = {
+        "model_type": "llama",
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+    }
+    tied, untied = (jaxft.load_model(random_checkpoint(llama | {"tie_word_embeddings": tie})) for tie in (True, False))
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match="lm_head, which this model shares with its embedding") as error:
+        attach(tied, LoraConfig(2, 4, targets), key)
+    advised = str(error.value).rpartition("expression: ")[2]
+    without = factors_of(attach(tied, LoraConfig(2, 4, advised), key)).keys()
+    assert without == factors_of(attach(tied, LoraConfig(2, 4, targets, exclude_modules=["lm_head"]), key)).keys()
+    assert factors_of(attach(untied, LoraConfig(2, 4, targets), key)).keys() == without | {"lm_head"}

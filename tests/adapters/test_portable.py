@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -103,7 +104,9 @@ def test_every_rule_of_scaling_gives_one(tuned, tmp_path):
     assert ranks == {config["r"]}
     names = {name.split(".self_attn.")[-1].split(".")[0] for name in tensors if ".self_attn." in name}
     assert names & {"q_proj", "v_proj"} in (set(), {"q_proj", "v_proj"})
-    told = [line for line in consumers(adapter_of(portable(tuned[1]))) if "scale" in line or "together" in line]
+    told = [
+        line for line in consumers(adapter_of(portable(tuned[1]), tuned[0])) if "scale" in line or "together" in line
+    ]
     assert told == []
 
 
@@ -122,7 +125,8 @@ def test_dora_is_refused(random_checkpoint):
 
 def told(raw, random_checkpoint, **settings) -> list[str]:
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings)
-    return consumers(adapter_of(attach(jaxft.load_model(random_checkpoint(raw)), config, jax.random.key(0))))
+    base = random_checkpoint(raw)
+    return consumers(adapter_of(attach(jaxft.load_model(base), config, jax.random.key(0)), base))
 
 
 def test_a_plain_adapter_needs_no_word(random_checkpoint):
@@ -158,8 +162,9 @@ def test_who_will_not_take_it(random_checkpoint, settings, expected):
 def test_what_depends_on_the_base(random_checkpoint):
     (line,) = told(GPT2, random_checkpoint)
     assert line.startswith("llama.cpp would read this base's adapters transposed, and vLLM has none for it")
-    plain = adapter_of(attach(jaxft.load_model(random_checkpoint(LLAMA)), LoraConfig(4, 8), jax.random.key(0)))
-    (line,) = consumers(replace(plain, gguf=True))
+    model = attach(jaxft.load_model(random_checkpoint(LLAMA)), LoraConfig(4, 8), jax.random.key(0))
+    plain = adapter_of(model, Path("model"))
+    (line,) = consumers(adapter_of(model, Path("model.gguf")))
     assert line.endswith("name the repository it was made from with export.py --format peft --base-name ORG/NAME")
     (line,) = consumers(replace(plain, parameters=frozenset({"model.layers.0.mlp.experts.down_proj"})))
     assert line.startswith("SGLang and llama.cpp do not take adapters on experts in one tensor")

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -18,7 +19,7 @@ from jaxft.adapters.attach import Factors, attach, attach_factors, factors_of
 from jaxft.adapters.targets import LoraConfig
 from jaxft.cli import export
 from jaxft.config_file import load_config
-from jaxft.data.chat import CHATML
+from jaxft.data.templates import CHATML
 from jaxft.hub.digests import check_digests, digests, write_digests
 from jaxft.hub.load import config_fingerprint
 from jaxft.hub.save import copy_companions
@@ -207,6 +208,39 @@ def test_writes_the_dtype_of_the_checkpoint_by_default(base, run, tmp_path):
     assert 0 < np.linalg.norm(logits - expected) < 0.02 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize(
+    "stored, declared, expected, told",
+    [
+        ({"bfloat16"}, {}, "bfloat16", None),
+        ({"float16"}, {}, "float16", None),
+        ({"float32"}, {}, "float32", None),
+        ({"bfloat16"}, {"torch_dtype": "bfloat16"}, "bfloat16", None),
+        ({"bfloat16"}, {"text_config": {"dtype": "bfloat16"}}, "bfloat16", None),
+        (
+            {"bfloat16", "float32"},
+            {},
+            "bfloat16",
+            "320 values in float32; all is written as bfloat16",
+        ),
+        ({"bfloat16"}, {"dtype": "float32"}, "float32", "74,560 values in bfloat16; all is written as float32"),
+    ],
+)
+def test_the_dtype_is_that_of_the_config_or_else_of_the_tensors(
+    random_checkpoint, caplog, stored, declared, expected, told
+):
+    """Norms stay in float32 where both are stored."""
+    small = {key: value for key, value in LLAMA.items() if key != "torch_dtype"} | {"vocab_size": 8}
+    directory = random_checkpoint(small)
+    (directory / "config.json").write_text(json.dumps(small | declared))
+    wide, narrow = "float32" if "float32" in stored else min(stored), min(stored)
+    weights = load_file(directory / "model.safetensors")
+    weights = {name: value.astype(wide if value.ndim == 1 else narrow) for name, value in weights.items()}
+    save_file(weights, directory / "model.safetensors")
+    assert export.checkpoint_dtype(directory) == expected
+    assert (told is None) == (caplog.text == "")
+    assert told is None or told in caplog.text
+
+
 def test_template_of_the_run_goes_along(base, peft_export, merged_export):
     assert AutoTokenizer.from_pretrained(base).chat_template != CHATML
     for output in (peft_export, merged_export):
@@ -315,6 +349,8 @@ FAULTS = {
         lambda run: edit_json(run / "run.json", result_sha256={"x": "y"}),
         "is damaged: result_sha256 lacks adapter_config.json, adapter_model.safetensors",
     ),
+    "no-versions": (lambda run: edit_json(run / "run.json", versions=None), "is damaged: versions holds"),
+    "stops-are-a-list": (lambda run: edit_json(run / "run.json", stop_tokens=[2]), "is damaged: stop_tokens holds"),
     "base-is-text": (lambda run: edit_json(run / "run.json", base="model"), "is damaged: base holds"),
     "a-list": (lambda run: (run / "run.json").write_text("[]"), "run.json: holds a list, not an object"),
 }
@@ -392,6 +428,26 @@ def test_the_base_is_found_where_it_was_and_where_it_is_now(run, base, tmp_path,
     exported(Path("run"), "peft", tmp_path / "d" / "out", "--base", "moved", "--base-name", "org/model")
     assert base_named(tmp_path / "d" / "out") == ("org/model", None)
     refused(copy, "peft", tmp_path / "e", "--base-name is empty", capsys, "--base-name", " ")
+
+
+def test_a_base_of_the_hub_is_named_by_repository_and_commit(run, base, tmp_path, monkeypatch, capsys):
+    """Wherever a copy of it is."""
+    copy, commit = Path(shutil.copytree(run, tmp_path / "run")), "0123456789abcdef" * 2 + "01234567"
+    edit_base(copy, name="org/model", path="/cache/snapshots/x", revision=commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert main(copy, "peft", tmp_path / "none") == 2
+    assert "Or say with --base where a copy is" in capsys.readouterr().err
+    exported(copy, "peft", tmp_path / "a" / "out", "--base", str(base))
+    snapshots = tmp_path / "cache/models--org--model/snapshots"
+    snapshots.mkdir(parents=True)
+    (snapshots / commit).symlink_to(base)
+    exported(copy, "peft", tmp_path / "b" / "out")
+    for out in ("a", "b"):
+        assert base_named(tmp_path / out / "out") == ("org/model", commit)
+        card = (tmp_path / out / "out" / "README.md").read_text()
+        assert f'--base "$(hf download org/model --revision {commit})"' in card
+        assert f"vllm serve org/model --revision {commit} --tokenizer DIR" in card
 
 
 def base_named(adapter: Path) -> tuple[str, str | None]:

@@ -1,6 +1,7 @@
 """The command as a user meets it: what it prints, what it refuses, and that a refusal leaves nothing behind."""
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -383,6 +384,31 @@ def test_a_signal_whose_checkpoint_cannot_be_written_is_an_error(place, capsys, 
     assert "run/checkpoints/1 could not be written: [Errno 28] No space left on device" in refused(capsys)
     assert json.loads((place / "run/run.json").read_text())["finished"] is None
     assert not (place / "run/adapter").exists()
+
+
+@pytest.mark.parametrize("lost", ["model", "model/tokenizer.json"])
+def test_a_model_moved_away_while_it_trains_is_named_and_nothing_is_lost(place, capsys, monkeypatch, lost):
+    """Not the directory that was being written; and the next attempt removes what a kill left there."""
+
+    class Moving(command.Progress):
+        def update(self, step, record=None):
+            super().update(step, record)
+            if (place / lost).exists():
+                (place / lost).rename(place / "away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "Progress", Moving)
+        error = refused(capsys, "max_steps=1")
+    reason = "no such directory" if lost == "model" else "holds no tokenizer any more"
+    assert re.match(f"error: (.*/)?model:? {reason}; the model was moved or changed while it was in use", error)
+    assert ".tmp" not in error
+    stale = place / "run/.adapter.0a1b2c3d.tmp"
+    stale.mkdir()
+    (place / "away").rename(place / lost)
+    assert main(["--config", "config.yaml", "max_steps=1", "resume_from_checkpoint=true"]) == 0
+    assert "resumed at step 1" in capsys.readouterr().out
+    assert (place / "run/adapter/adapter_model.safetensors").exists()
+    assert not stale.exists()
 
 
 # The Python interface

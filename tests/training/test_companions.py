@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from jaxft.cli.command import end_of_turn, load_tokenizer, stop_ids
-from jaxft.data.chat import CHATML, Renderer
+from jaxft.data.chat import Renderer
+from jaxft.data.templates import CHATML
 from jaxft.hub.tokenizer_files import drop_tokens_beyond, write_json
 from jaxft.training.companions import dress, stop_tokens
 
@@ -170,6 +171,24 @@ def test_a_tokenizer_of_sentencepiece_alone_that_appends_its_eos_keeps_it(base):
     assert plain("Once upon").input_ids[-1] == 2
     assert tuned(TEXTS).input_ids == plain(TEXTS).input_ids
     assert tuned.eos_token == "</s>"
+
+
+def test_a_missing_bos_is_told(base, caplog):
+    """Of a sentencepiece model alone, unless the settings say what is meant, or tokenizer.json is there."""
+    pytest.importorskip("sentencepiece")
+    directory = base(
+        "stories15M", tokenizer_class="LlamaTokenizer", eos_token="</s>", bos_token="<s>", add_bos_token=None
+    )
+    assert load_tokenizer(directory)("a").input_ids[0] == 1
+    (directory / "tokenizer.json").unlink()
+    assert caplog.text == ""
+    assert load_tokenizer(directory)("a").input_ids[0] != 1
+    assert f"{directory} holds tokenizer.model and no tokenizer.json" in caplog.text
+    caplog.clear()
+    for choice in (True, False):
+        edit(directory, add_bos_token=choice)
+        assert (load_tokenizer(directory)("a").input_ids[0] == 1) == choice
+    assert caplog.text == ""
 
 
 # Tokens without a row
