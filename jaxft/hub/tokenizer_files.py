@@ -40,6 +40,14 @@ def set_eos_token(directory: Path, token: str, before: str | None) -> None:
         write_json(path, settings)
 
 
+def forget_text_eos(directory: Path) -> None:
+    """Drop what an earlier export remembers: texts now end with the tokenizer's `eos_token`."""
+    path = directory / SETTINGS
+    settings = read_json(path) if path.exists() else {}
+    if settings.pop(TEXT_EOS, None) is not None:
+        write_json(path, settings)
+
+
 def set_stop_ids(directory: Path, ids: Sequence[int], rows: int) -> None:
     """Name these tokens in generation_config.json, and in config.json where that names any; other settings stay.
 

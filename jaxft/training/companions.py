@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from jaxft.hub.model_files import read_json
 from jaxft.hub.tokenizer_files import (
     SETTINGS,
     SPECIALS,
+    TEXT_EOS,
     drop_tokens_beyond,
     set_eos_token,
     set_stop_ids,
@@ -63,12 +65,12 @@ def dress(directory: Path, template: str | None, stops: Mapping[str, int], rows:
             rows,
             ", ".join(dropped[:5]),
         )
-    carry_template(directory, template)
     set_stop_ids(directory, sorted(stops.values()), rows)
     first = next(iter(stops), None)
     before = load_tokenizer(directory).eos_token
     if first is not None and first != before:
-        _change_eos(directory, first, before, template)
+        _change_eos(directory, first, before)
+    carry_template(directory, _with_old_eos(directory, template))
 
 
 def carry_template(directory: Path, template: str | None) -> None:
@@ -79,21 +81,28 @@ def carry_template(directory: Path, template: str | None) -> None:
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     (directory / "chat_template.json").unlink(missing_ok=True)
     shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
-    path = directory / SETTINGS
-    settings = read_json(path) if path.exists() else {}
+    settings = _settings(directory)
     if settings.pop("chat_template", None) is not None:
-        write_json(path, settings)
+        write_json(directory / SETTINGS, settings)
 
 
-def _change_eos(directory: Path, token: str, before: str | None, template: str | None) -> None:
-    """Name another `eos_token`, where texts stay the same tokens; a template that writes the old one goes on doing so.
+def _with_old_eos(directory: Path, template: str | None) -> str | None:
+    """The template as it renders with another `eos_token`: one that writes EOS goes on writing the one of training."""
+    trained = _settings(directory).get(TEXT_EOS)
+    if template is None or trained is None or not re.search(r"\beos_token\b", template):
+        return template
+    return f"{{% set eos_token = {json.dumps(trained, ensure_ascii=False)} %}}\n{template}"
+
+
+def _change_eos(directory: Path, token: str, before: str | None) -> None:
+    """Name another `eos_token`, where texts stay the same tokens.
 
     Some tokenizers append their EOS to each text. There the old one stays, and a warning says so.
     """
     kept = {name: (directory / name).read_bytes() for name in (SETTINGS, SPECIALS) if (directory / name).exists()}
+    appends = _settings(directory).get("add_eos_token")
     expected = load_tokenizer(directory)(list(_SAMPLES)).input_ids
     set_eos_token(directory, token, before)
-    appends = (read_json(directory / SETTINGS) if SETTINGS in kept else {}).get("add_eos_token")
     if appends or load_tokenizer(directory)(list(_SAMPLES)).input_ids != expected:
         for name, content in kept.items():
             (directory / name).write_bytes(content)
@@ -103,5 +112,8 @@ def _change_eos(directory: Path, token: str, before: str | None, template: str |
             before,
             token,
         )
-    elif template is not None and before is not None and re.search(r"\beos_token\b", template):
-        carry_template(directory, f"{{% set eos_token = {json.dumps(before, ensure_ascii=False)} %}}\n{template}")
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    path = directory / SETTINGS
+    return read_json(path) if path.exists() else {}

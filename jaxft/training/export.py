@@ -15,6 +15,7 @@ from jaxft.hub.digests import write_digests
 from jaxft.hub.peft import base_of, save_adapter
 from jaxft.hub.save import copy_companions, require_tokenizer, save_model
 from jaxft.hub.stage import staged
+from jaxft.hub.tokenizer_files import forget_text_eos
 from jaxft.models.decoder import Decoder
 from jaxft.sharding import hosts
 from jaxft.training.companions import dress, stop_tokens
@@ -78,6 +79,7 @@ def export(model: Decoder, inputs: Inputs, directory: RunDirectory, stops: Mappi
         if not full:
             copy_companions(inputs.resolved.path, stage)
         require_tokenizer(stage, inputs.resolved.path)
+        forget_text_eos(stage)  # the base may be an export itself, whose EOS ended texts in this run
         dress(stage, inputs.chat_template, stops, inputs.decoder.vocab_size)
         write_card(stage, _card(model, inputs, directory, stops))
         if not full:

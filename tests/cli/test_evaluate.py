@@ -15,7 +15,7 @@ from jaxft.adapters.attach import Factors, attach, attach_factors, factors_of
 from jaxft.adapters.targets import LoraConfig
 from jaxft.cli import evaluate, export
 from jaxft.cli.train import train
-from jaxft.data.chat import CHATML
+from jaxft.data.templates import CHATML
 
 STORIES = [
     "Once upon a time there was a little dog. He liked to run.",

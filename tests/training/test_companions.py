@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from jaxft.cli.command import end_of_turn, load_tokenizer, stop_ids
 from jaxft.data.chat import Renderer
 from jaxft.data.templates import CHATML
-from jaxft.hub.tokenizer_files import drop_tokens_beyond, write_json
+from jaxft.hub.tokenizer_files import drop_tokens_beyond, forget_text_eos, write_json
 from jaxft.training.companions import dress, stop_tokens
 
 TEXTS = ["Hello world", "  two  spaces\n", "naïve 你好 <|im_end|> x"]
@@ -145,6 +145,20 @@ def test_a_template_that_writes_eos_still_writes_the_old_one(base):
     assert expected.endswith("<|im_end|>\n<|endoftext|>")
     assert tuned.eos_token == "<|im_end|>"
     assert tuned.apply_chat_template(CHAT, tokenize=False) == expected
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    dress(out, ENDING_WITH_EOS, {"<|im_end|>": 2, "<|endoftext|>": 0}, 10**6)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files, "as when a run is exported"
+
+
+def test_a_run_on_an_export_has_its_eos(base):
+    """Its texts end with the EOS that the export names, and its template still writes the older one."""
+    out = dressed(base("SmolLM2-135M-Instruct", **BASE_MODEL), ENDING_WITH_EOS)
+    first = AutoTokenizer.from_pretrained(out)
+    rendered = first.apply_chat_template(CHAT, tokenize=False)
+    forget_text_eos(out)
+    dress(out, first.chat_template, {"<|im_end|>": 2, "<|endoftext|>": 0}, 10**6)
+    assert load_tokenizer(out).eos_token == "<|im_end|>"
+    assert load_tokenizer(out).apply_chat_template(CHAT, tokenize=False) == rendered
 
 
 def test_a_tokenizer_that_appends_its_eos_keeps_it(base, caplog):
