@@ -18,6 +18,7 @@ from jaxft.adapters.attach import attach
 from jaxft.adapters.targets import LoraConfig
 from jaxft.config_file import load_config
 from jaxft.hub.checkpoint import Checkpoint
+from jaxft.hub.digests import DIGEST_FILE
 from jaxft.hub.peft import HEAD_COPY
 from jaxft.models.count import count_parameters
 from jaxft.models.linear import Adapter
@@ -457,6 +458,7 @@ def test_an_adapter_on_the_output_head_may_be_gone_on_from(gathered, model, tmp_
     path = tmp_path / "adapter/adapter_model.safetensors"
     head = np.array(base.lm_head.weight.get_value())
     for copy, same in ((head, True), (head + 1, False)):
+        (tmp_path / "adapter" / DIGEST_FILE).unlink(missing_ok=True)  # PEFT writes no such file
         save_file({**load_file(path), HEAD_COPY: copy}, path)
         inputs = gathered(adapter_name_or_path=str(tmp_path / "adapter"), dtype="float32", mesh={"data": 8})
         assert inputs.describe().lm_head.adapter is not None
