@@ -302,10 +302,10 @@ def test_a_command_that_cannot_be_read(arguments, capsys):
     assert "usage:" in capsys.readouterr().err
 
 
-def test_the_script_is_the_command(monkeypatch, capsys):
+def test_the_script_is_the_command(monkeypatch, capfd):
     script = Path(__file__).resolve().parents[2] / "scripts/generate.py"
     monkeypatch.setattr(sys, "argv", ["generate.py", "--help"])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(script), run_name="__main__")
     assert stopped.value.code == 0
-    assert "--max-new-tokens" in capsys.readouterr().out
+    assert "--max-new-tokens" in capfd.readouterr().out
