@@ -15,7 +15,7 @@ from jaxft.adapters.attach import Factors, attach, attach_factors, factors_of
 from jaxft.adapters.targets import LoraConfig
 from jaxft.cli import evaluate, export
 from jaxft.cli.train import train
-from jaxft.data.templates import CHATML
+from jaxft.data.chat import Renderer, load_tokenizer
 
 STORIES = [
     "Once upon a time there was a little dog. He liked to run.",
@@ -127,6 +127,8 @@ def test_equals_transformers(stories, evaluated, tmp_path, all_tokens):
         "batch_size": 1,
         "dtype": "float32",
         "quantization": None,
+        "double_quant": False,
+        "mesh": "fsdp=-1",
     }
 
 
@@ -142,7 +144,8 @@ def adapter(stories, tmp_path_factory) -> Path:
     jaxft.save_adapter(attach_factors(base, config, factors), directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(stories / name, directory / name)
-    (directory / "chat_template.jinja").write_text(CHATML)
+    template = Renderer(load_tokenizer(stories), "chatml").template.source  # whose turns end in EOS here
+    (directory / "chat_template.jinja").write_text(template)
     return directory
 
 
@@ -189,7 +192,7 @@ def test_refuses(stories, tmp_path, capsys, records, more, message):
 
 
 def test_refuses_a_tokenizer_that_is_larger_than_the_embedding(chat_model, write_chats, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_model", None)  # told before weights are read
+    monkeypatch.setattr(evaluate, "base_of", None)  # told before weights are read
     data = write_chats(tmp_path / "chats.jsonl", 30)
     assert evaluate.main(["--model", str(chat_model(vocab_size=20)), "--data", str(data)]) == 2
     assert "but the model's embedding has 20 rows; use the tokenizer" in capsys.readouterr().err
