@@ -227,7 +227,9 @@ def _install(site: Site, spec: LoraSpec, A: jax.Array, B: jax.Array, magnitude: 
     """Put an adapter on the site, cut as its weight is cut."""
     linear, squares = site.linear, None
     if spec.use_dora:
-        squares = row_squares(linear.weight.get_value())
+        weight = linear.weight.get_value()
+        described = isinstance(jax.tree.leaves(weight)[0], jax.ShapeDtypeStruct)  # a model without values
+        squares = jax.eval_shape(row_squares, weight) if described else row_squares(weight)
         magnitude = jnp.sqrt(squares) if magnitude is None else magnitude
     scale = _spread(site, jnp.asarray(spec.scales, jnp.float32))
     linear.adapter = LoRA(spec, scale, A, B, magnitude, squares)

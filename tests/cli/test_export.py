@@ -80,6 +80,25 @@ def run(base, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def dora_run(base, tmp_path_factory) -> Path:
+    """A finished run of DoRA on some modules, with ranks of their own."""
+    model = jaxft.load_model(base)
+    lora = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], use_dora=True, rank_pattern={"down_proj": 2}
+    )
+    random = np.random.default_rng(2)
+    factors = {
+        module: Factors(*(part + random.normal(0, 0.1, part.shape).astype(np.float32) for part in parts))
+        for module, parts in factors_of(attach(model, lora, jax.random.key(0))).items()
+    }
+    directory = tmp_path_factory.mktemp("dora")
+    jaxft.save_adapter(attach_factors(model, lora, factors), directory / "adapter")
+    copy_companions(base, directory / "adapter")
+    finish(directory, model, {"adapter": "dora", "lora_r": 4, "lora_alpha": 8}, CHATML)
+    return directory
+
+
+@pytest.fixture(scope="module")
 def full_run(base, tmp_path_factory) -> Path:
     """A finished run that trained every weight."""
     directory = tmp_path_factory.mktemp("run")
@@ -174,6 +193,18 @@ def test_peft_export_in_peft(base, run, peft_export):
     after = torch_logits(peft.PeftModel.from_pretrained(plain, peft_export))
     np.testing.assert_allclose(after, tuned_logits(base, run), atol=1e-4, rtol=0)
     assert np.abs(after - before).max() > 0.05
+
+
+@pytest.mark.parity
+def test_a_dora_run_leaves_as_it_was_trained(base, dora_run, tmp_path, capsys):
+    output = exported(dora_run, "peft", tmp_path / "out")
+    assert "do not take DoRA" in capsys.readouterr().out
+    peft = pytest.importorskip("peft")
+    after = torch_logits(peft.PeftModel.from_pretrained(torch_model(base), output))
+    np.testing.assert_allclose(after, tuned_logits(base, dora_run), atol=1e-4, rtol=0)
+    capsys.readouterr()
+    assert main(dora_run, "peft", tmp_path / "portable", "--portable") == 2
+    assert "DoRA" in capsys.readouterr().err
 
 
 @pytest.mark.parity
