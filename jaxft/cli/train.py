@@ -29,7 +29,6 @@ from jaxft.evaluation.answers import Question, answers, exact_matches, questions
 from jaxft.evaluation.report import ExactMatch, ReportData, Sample, write_report
 from jaxft.hub.digests import digests
 from jaxft.hub.load import eos_token_ids
-from jaxft.hub.peft import read_adapter_config
 from jaxft.hub.stage import clear_stale
 from jaxft.models.count import ParameterCount, count_parameters
 from jaxft.models.decoder import Decoder
@@ -37,12 +36,13 @@ from jaxft.platform import devices_needed, prepared
 from jaxft.sharding import hosts
 from jaxft.sharding.mesh import batch_ways
 from jaxft.training.account import NonFiniteLossError
+from jaxft.training.begun import check_length, is_begun
 from jaxft.training.checkpoint import Checkpoints
+from jaxft.training.describe import describe_batch, describe_length, describe_parameters, resolved
 from jaxft.training.export import base_record, describe_stops, export, learned_stops, refusals
 from jaxft.training.inputs import Inputs, gather
 from jaxft.training.logging import MetricsLog, Progress, check_trackers, open_sinks, read_metrics
-from jaxft.training.loop import PREEMPTED, Outcome, Preempted, Start, fit, start
-from jaxft.training.optimizer import learning_rate_schedule
+from jaxft.training.loop import PREEMPTED, Outcome, Preempted, fit, start
 from jaxft.training.run_directory import RunDirectory, check_same, check_vacant, open_run
 from jaxft.training.same_run import versions
 from jaxft.training.stopping import leaving
@@ -196,99 +196,6 @@ def dry_run(config: Config, console: Console) -> None:
             f"before and after, the model answers {len(asked)} held-out prompts with up to {config.max_new_tokens} "
             "tokens each (sample_prompts, exact_match_samples)"
         )
-
-
-def resolved(config: Config) -> str:
-    """The config as it is written down: with what the adapter says that it goes on from."""
-    if config.adapter_name_or_path is None:
-        return config.to_yaml()
-    spec = read_adapter_config(Path(config.adapter_name_or_path))
-    targets = spec.target_modules if isinstance(spec.target_modules, str) else sorted(spec.target_modules)
-    return config.to_yaml(
-        {
-            "adapter": "dora" if spec.use_dora else "lora",
-            "use_dora": spec.use_dora,
-            "lora_r": spec.r,
-            "lora_alpha": spec.lora_alpha,
-            "lora_dropout": spec.lora_dropout,
-            "lora_target_modules": targets,
-            "lora_target_parameters": list(spec.target_parameters),
-            "use_rslora": spec.use_rslora,
-            "rank_pattern": dict(spec.rank_pattern),
-            "alpha_pattern": dict(spec.alpha_pattern),
-        }
-    )
-
-
-def is_begun(config: Config) -> bool:
-    """Whether the run may use a directory in which there is a run already."""
-    return config.resume_from_checkpoint or nothing_to_lose(Path(config.output_dir))
-
-
-def nothing_to_lose(output_dir: Path) -> bool:
-    """An earlier attempt failed there before it logged an update: it may be started over, with any config."""
-    metrics = output_dir / "metrics.jsonl"
-    results = (output_dir / "adapter", output_dir / "model")
-    return (
-        (output_dir / "run.json").exists()
-        and not any(result.exists() for result in results)
-        and not any((output_dir / "checkpoints").glob("[0-9]*"))
-        and not (metrics.exists() and any(record["step"] for record in read_metrics(metrics)))
-    )
-
-
-def check_length(output_dir: str, total_steps: int) -> None:
-    """Refuse a run that is to end before the step at which it already is.
-
-    Raises:
-        ValueError: says how many updates are done.
-    """
-    done = max(
-        (int(path.name) for path in Path(output_dir, "checkpoints").glob("[0-9]*") if path.name.isdigit()), default=0
-    )
-    if done > total_steps:
-        raise ValueError(
-            f"output_dir {output_dir}: {done} updates are done there, and the run is to have {total_steps} now; "
-            f"set max_steps to {done} or more, or num_train_epochs to as much"
-        )
-
-
-def describe_length(inputs: Inputs, begin: Start, updates_before: int) -> str:
-    """What another number of updates makes of the learning rate."""
-    done = begin.step - int(begin.state.skipped)
-    before, now = (learning_rate_schedule(inputs.config, updates) for updates in (updates_before, inputs.total_steps))
-    next_rate, otherwise = float(now(done)), float(before(done))
-    last_rate = float(now(max(inputs.total_steps - 1, done)))
-    lines = [
-        f"{inputs.total_steps} updates instead of {updates_before}: the learning rate is {next_rate:.3g} at step "
-        f"{begin.step + 1} (it would have been {otherwise:.3g}) and {last_rate:.3g} at the last"
-    ]
-    if begin.books.stopped_early:
-        lines.append("the run has stopped early (early_stopping_patience): there are no more updates")
-    return "\n".join(lines)
-
-
-def describe_parameters(counts: Sequence[ParameterCount]) -> str:
-    total, trained = sum(c.count for c in counts), sum(c.count for c in counts if c.trained)
-    lines = [f"{total:,} parameters, {trained:,} trained ({trained / total:.3%})"]
-    lines += [
-        f"  {c.format}: {c.count:,} parameters, {c.bytes / 1e6:,.1f} MB{', trained' if c.trained else ''}"
-        for c in counts
-    ]
-    return "\n".join(lines)
-
-
-def describe_batch(inputs: Inputs) -> str:
-    c, ways = inputs.config, batch_ways(inputs.mesh)
-    rows = inputs.rows * c.gradient_accumulation_steps
-    length = inputs.schedule.row_length
-    mesh = " x ".join(f"{axis} {size}" for axis, size in inputs.mesh.shape.items())
-    return (
-        f"effective batch: {rows} rows of {length} tokens = {c.micro_batch_size} (micro_batch_size) "
-        f"x {c.gradient_accumulation_steps} (accumulation) x {ways} (data x fsdp x expert); mesh: {mesh}\n"
-        f"attention: {inputs.recipe.attention(inputs.mesh)}\n"
-        f"{inputs.total_steps} updates, {inputs.schedule.epoch(inputs.total_steps):.2f} epochs"
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -41,14 +41,17 @@ def write_card(directory: Path, card: Card) -> None:
 
 
 def _front(card: Card) -> str:
-    """The YAML that registries read. JSON strings are YAML strings, whatever they hold."""
+    """The YAML that registries read. JSON strings are YAML strings, whatever they hold.
+
+    A base in a local directory is left out: the Hub takes repositories only, and converters make addresses of the name.
+    """
     if card.adapter is None:
         library, tags = "transformers", ["jaxft"]
     else:
         kind = "dora" if card.adapter.use_dora else "lora"
         library, tags = "peft", ["jaxft", kind, *["rslora"] * card.adapter.use_rslora]
     lines = [
-        f"base_model: {_quoted(card.base)}",
+        *([] if card.base.startswith("/") else [f"base_model: {_quoted(card.base)}"]),
         f"library_name: {library}",
         "pipeline_tag: text-generation",
         f"model_name: {_quoted(card.title)}",

@@ -12,10 +12,11 @@ from orbax.checkpoint import CheckpointManager
 from safetensors.numpy import load_file, save_file
 
 from jaxft.cli import train as command
-from jaxft.cli.train import main, nothing_to_lose, train
+from jaxft.cli.train import main, train
 from jaxft.config import ConfigError
 from jaxft.config_file import load_config
 from jaxft.hub.checkpoint import Checkpoint
+from jaxft.training.begun import nothing_to_lose
 from jaxft.training.logging import read_metrics
 from jaxft.training.run_directory import open_run
 
