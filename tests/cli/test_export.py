@@ -484,8 +484,12 @@ def test_a_base_of_the_hub_is_named_by_repository_and_commit(run, base, tmp_path
 def base_named(adapter: Path) -> tuple[str, str | None]:
     settings = json.loads((adapter / "adapter_config.json").read_text())
     check_digests(adapter)
-    assert f"base_model: {json.dumps(settings['base_model_name_or_path'])}\n" in (adapter / "README.md").read_text()
-    return settings["base_model_name_or_path"], settings["revision"]
+    name, card = settings["base_model_name_or_path"], (adapter / "README.md").read_text()
+    assert f"Base: `{name}`" in card
+    assert (f"base_model: {json.dumps(name)}\n" in card) is not name.startswith(
+        "/"
+    )  # registries take repositories only
+    return name, settings["revision"]
 
 
 def test_refuses_to_write_over_anything(run, tmp_path, capsys):
