@@ -35,14 +35,19 @@ def parsed(value: Any, what: str) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """Without the keys that are null, at any depth."""
+    """Without the keys that are null, at any depth; but null may be a constant, or the default of what takes null."""
     if isinstance(value, dict):
         return {
             key: part if key in _LITERAL else without_nulls(part)
             for key, part in value.items()
-            if part is not None or key == "const"
+            if part is not None or key == "const" or (key == "default" and _takes_null(value))
         }
     return [without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _takes_null(schema: dict[str, Any]) -> bool:
+    choices = [schema, *(schema.get("anyOf") or []), *(schema.get("oneOf") or [])]
+    return any("null" in (choice.get("type") or ()) for choice in choices if isinstance(choice, dict))
 
 
 def kind(value: Any) -> str:

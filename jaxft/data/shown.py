@@ -13,6 +13,7 @@ from typing import Any
 from jaxft.data.conversations import Message
 from jaxft.data.events import (
     ARGUMENTS_LOST,
+    BESIDE_CALL,
     CONTENT_CUT,
     EMPTY_THOUGHT,
     FOREIGN_MARKUP,
@@ -21,6 +22,7 @@ from jaxft.data.events import (
     REASONING_LOST,
     Event,
     not_shown,
+    thought_written_otherwise,
     tool_field_not_shown,
 )
 from jaxft.data.template_process import TemplateError
@@ -28,8 +30,17 @@ from jaxft.data.template_process import TemplateError
 _TAG = "think|thinking|thought|reasoning"
 _THOUGHT = re.compile(rf"(</?(?:{_TAG})>)")
 _EMPTY_THOUGHT = re.compile(rf"<({_TAG})>\s*</\1>")
-#: How chat templates write the borders of turns, in tokens of theirs or in letters.
-_MARKUP = re.compile(r"<\|[A-Za-z_]{2,30}\|>|<｜[^｜\s]{2,30}｜>|<(?:start|end)_of_turn>|\[/?INST\]")
+#: How models and data sets open a thought.
+_OPENS = re.compile(
+    rf"<(?:seed:)?(?:{_TAG}|reflection|scratchpad)>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>analysis",
+    re.I,
+)
+#: How chat templates write the borders of turns, in tokens of theirs or in letters; BOS and EOS at the ends only, as
+#: <s> is a tag of HTML, too.
+_MARKUP = re.compile(
+    r"<\|[A-Za-z_]{2,30}\|>|<｜[^｜\s]{2,30}｜>|<(?:start|end)_of_turn>|<\|turn>|<turn\|>|\[/?INST\]|<</?SYS>>"
+    r"|^\s*(?:<s>|<bos>)|(?:</s>|<eos>)\s*$"
+)
 #: Fields of a tool that its form shows, or that only wrap others.
 _STRUCTURE = {"type", "function", "parameters", "properties", "required", "items"}
 
@@ -47,21 +58,35 @@ def content_events(message: Message, shown: str, located: bool) -> Iterator[Even
         if message.role == "assistant" and k + 1 < len(pieces) and pieces[k + 1].startswith("</"):
             yield REASONING_LOST if message.supervised else REASONING_LEFT_OUT
         else:
-            yield CONTENT_CUT if located else not_shown(message.role)
+            yield CONTENT_CUT if located else BESIDE_CALL if message.tool_calls else not_shown(message.role)
 
 
-def thought_events(message: Message, before_content: str) -> Iterator[Event]:
-    """`before_content`: what is learned of a turn before its content."""
-    if message.supervised and _EMPTY_THOUGHT.search(before_content):
+def thought_events(message: Message, before_content: str, source: str) -> Iterator[Event]:
+    """`before_content`: what is learned of a turn before its content; `source`: of the chat template."""
+    if not message.supervised:
+        return
+    if _EMPTY_THOUGHT.search(before_content):
         yield EMPTY_THOUGHT
+    tags = source.replace("</", "<")  # a template may name the end of a thought only
+    opened, own = _OPENS.match(message.content.lstrip()), _OPENS.search(tags)
+    if opened and own and opened[0] not in tags:
+        yield thought_written_otherwise(opened[0], own[0])
 
 
-def markup_events(text: str, special: re.Pattern, own: str) -> Iterator[Event]:
-    """`special`: this tokenizer's tokens; `own`: texts in which markup belongs to this template, as its source."""
-    if special.search(text):
+def markup_events(text: str, special: re.Pattern, added: str, source: str = "") -> Iterator[Event]:
+    """`special`: this tokenizer's special tokens; `added`: all that it has as one token; `source`: the template, of
+    whose turns `text` is a part."""
+    letters = [found for match in _MARKUP.findall(text) if (found := match.strip()) not in added]
+    if special.search(text) or any(found in source for found in letters):
         yield MARKUP_SPELT
-    if any(found not in own for found in _MARKUP.findall(text)):
+    if any(found not in source for found in letters):
         yield FOREIGN_MARKUP
+
+
+def before_thought(text: str) -> str:
+    """The text up to where a thought begins."""
+    found = _OPENS.search(text)
+    return text[: found.start()] if found else text
 
 
 def tool_events(tools: Sequence[dict], text: str) -> Iterator[Event]:

@@ -1,12 +1,15 @@
 """Tools and their calls in OpenAI's form, however a record stores them."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxft.data.events import FILLED_NULLS, Event, call_key_not_read
 from jaxft.data.nested import kind, listed, parsed, without_nulls
 from jaxft.data.strict_json import parse_json, reason
+
+_GIVEN = "call{:05d}"  # the id of a call that has none
 
 
 def parse_tools(tools: Any) -> tuple[tuple[dict, ...], tuple[Event, ...]]:
@@ -76,9 +79,14 @@ def parse_tool_calls(tool_calls: Any, before: int, tools: Sequence[dict], events
         unread = [*(set(call) - {"id", "type", "function", "name", "arguments", "index"})]
         unread += [*(set(function) - {"name", "arguments"} if function is not call else ())]
         events += [call_key_not_read(key) for key in sorted(unread) if (call.get(key) or function.get(key))]
-        identity = call.get("id") or f"call{before + len(found):05d}"
+        identity = call.get("id") or _GIVEN.format(before + len(found))
         found.append({"id": identity, "type": "function", "function": {"name": name, "arguments": kept}})
     return tuple(found)
+
+
+def is_given(identity: str) -> bool:
+    """Whether a call had no id and got this one here."""
+    return re.fullmatch(r"call\d{5}", str(identity)) is not None
 
 
 def _parameters(name: str, tools: Iterable[dict]) -> set[str] | None:

@@ -244,7 +244,7 @@ def test_strict_data(renderer, tmp_path):
         tmp_path / "a.jsonl", [{"messages": turns}, {"messages": [{**turns[0], "name": None}, turns[1]]}]
     )
     report = prepare([spec(path)], renderer, max_length=64).report
-    key, markup = "key `name` of a message is not shown by the chat template", "a content spells special tokens"
+    key, markup = "the chat template does not read the key `name` of a message", "a content spells special tokens"
     assert f"WARNING: 1 example: {key} (first: {path}:1)" in str(report)
     assert f"WARNING: 2 examples: {markup}" in str(report)
     with pytest.raises(ValueError, match=rf"`strict_data` is true[^\n]*\n{path}: 2 examples: {markup}.*\n{path}: 1 ex"):

@@ -71,6 +71,17 @@ def test_a_rendered_prompt_and_its_completion_are_not_wrapped_again(build, name)
         assert RENDERED in found.events
 
 
+@pytest.mark.parametrize("template", ["Qwen3.5-4B", "chatml", "Qwen-Qwen3-0.6B"])
+def test_other_blanks_and_no_thought_are_the_same_markup(material, real_tokenizer, template):
+    """The template that rendered the text may be an older one of the same model."""
+    renderer = Renderer(real_tokenizer("qwen3"), str(material / "templates" / f"{template}.jinja"))
+    for blank in ("\n", "\n\n", ""):
+        text = f"<|im_start|>user\nhi<|im_end|>{blank}<|im_start|>assistant\nhello<|im_end|>{blank}"
+        found = one(renderer, text=text)
+        assert found.events == (RENDERED,)
+        assert found.tokenized.tokens.tolist() == renderer.tokenizer(text).input_ids
+
+
 def test_a_text_that_only_speaks_of_markup_is_read_as_letters(build):
     renderer = build("Qwen-Qwen2.5-7B-Instruct")
     for text in (

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from jaxft.data.conversations import Message, parse_messages
+from jaxft.data.events import RESULT_OF_NO_CALL
 from jaxft.data.tool_calls import parse_tools
 
 
@@ -39,6 +40,23 @@ def test_several_calls_are_answered_in_order_unless_the_results_say_otherwise():
     assert [message.tool_call_id for message in messages[2:]] == ["two", "one", "three"]
 
 
+def test_results_that_name_no_call_are_given_to_the_first_that_waits():
+    calls = [{"id": "a", "function": {"name": "f"}}, {"id": "b", "function": {"name": "f"}}]
+    without = [{"function": {"name": "f"}}] * 2
+    for given, results, expected, told in [
+        (calls, ["x", "a"], ["a", "b"], 2),  # the first took the call of the second
+        (calls, ["a", "a"], ["a", "b"], 1),
+        (calls, ["b", "y"], ["b", "a"], 1),
+        (calls, ["b", "a"], ["b", "a"], 0),
+        (without, ["x", "y"], ["call00000", "call00001"], 0),  # the calls have no ids: their order is meant
+        ([calls[0], calls[0]], ["a", "a"], ["a", "a"], 0),
+    ]:
+        asked = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": given}]
+        messages = parse_messages([*asked, *({"role": "tool", "content": "r", "tool_call_id": id} for id in results)])
+        assert [message.tool_call_id for message in messages[2:]] == expected
+        assert sum(message.events.count(RESULT_OF_NO_CALL) for message in messages) == told
+
+
 @pytest.mark.parametrize(
     "call, reason",
     [
@@ -59,6 +77,24 @@ def test_calls_by_others_and_calls_that_are_no_json():
         parse_messages([{"role": "user", "content": "q", "tool_calls": calls}])
     with pytest.raises(ValueError, match=r"message 2: the function call is not JSON"):
         parse_messages([{"from": "human", "value": "q"}, {"from": "function_call", "value": "add(1)"}])
+
+
+@pytest.mark.parametrize(
+    "schema, kept",
+    [
+        ({"anyOf": [{"type": "string"}, {"type": "null"}], "default": None}, True),  # as pydantic writes Optional
+        ({"type": ["integer", "null"], "default": None}, True),
+        ({"oneOf": [{"type": "null"}], "default": None}, True),
+        ({"const": None}, True),
+        ({"type": "string", "default": None}, False),  # as Arrow fills it in
+        ({"anyOf": None, "type": "string", "default": None, "enum": None}, False),
+    ],
+)
+def test_a_null_that_a_schema_means_stays(schema, kept):
+    (tool,), events = parse_tools([{"name": "f", "parameters": {"properties": {"x": schema}}}])
+    found = tool["function"]["parameters"]["properties"]["x"]
+    assert found == (schema if kept else {"type": "string"})
+    assert (events == ()) is kept
 
 
 def test_tools():

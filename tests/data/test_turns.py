@@ -3,7 +3,7 @@ from datetime import date
 
 import pytest
 
-from jaxft.data.conversations import Conversation, parse_messages
+from jaxft.data.conversations import Conversation, parse_messages, with_last_answer
 from jaxft.data.template_process import TemplateError
 from jaxft.data.turns import ChatTemplate
 
@@ -178,7 +178,7 @@ def test_private_use_characters_in_the_contents():
         ("{{ m.content | length }}</s>", "does not show the assistant's answer|changes the contents"),
         (
             "{{ m.content }}{% if not loop.last or messages | length == 2 %}</s>{% endif %}",
-            "where the turn of message 4 ends",
+            "ends in no token that stops generation, as the chat template writes nothing after it",
         ),
         (
             "{{ raise_exception('no system role') if m.role == 'system' }}{{ m.content }}</s>",
@@ -227,6 +227,23 @@ def test_tools_and_calls_must_show():
         learned(tools + CHATML + PROMPT, CALLS, *IM)
     with pytest.raises(TemplateError, match=r"does not show the call of 'add'"):
         learned(tools + GENERATION, CALLS, *IM)
+
+
+def test_a_call_whose_turn_has_no_end_may_be_part_of_the_prompt():
+    """Only what is learned must end in a token that stops generation."""
+    body = "[{{ m.role }}]{{ m.content or '' }}{{ m.tool_calls | tojson if m.tool_calls }}"
+    source = "{{ tools | tojson }}{% for m in messages %}" + body + "{% endfor %}"
+    with pytest.raises(TemplateError, match="no token that stops generation, as the chat template writes '2"):
+        learned(source, CALLS)
+    assert learned(source, with_last_answer(CALLS)) == ["[assistant]two"]
+
+
+@pytest.mark.parametrize("blank", ["\n", "\n\n", " "])
+def test_a_blank_that_is_one_token_stops_nothing(blank):
+    source = "{% for m in messages %}[{{ m.role }}]{{ m.content + '" + blank.replace("\n", "\\n") + "' }}{% endfor %}"
+    found = ChatTemplate(source, {}, (), date(2024, 7, 26), 20.0, [blank, "<b>"])
+    assert found.stops == set()
+    assert found.render(with_last_answer(TWO)).add_eos
 
 
 def test_special_tokens_where_they_cannot_be_told_from_the_templates_own():
