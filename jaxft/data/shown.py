@@ -41,6 +41,8 @@ _MARKUP = re.compile(
     r"<\|[A-Za-z_]{2,30}\|>|<｜[^｜\s]{2,30}｜>|<(?:start|end)_of_turn>|<\|turn>|<turn\|>|\[/?INST\]|<</?SYS>>"
     r"|^\s*(?:<s>|<bos>)|(?:</s>|<eos>)\s*$"
 )
+#: Names by which a template reads tools and calls.
+_TOOLS, _CALLS = re.compile(r"\btools\b"), re.compile(r"\btool_calls\b")
 #: Fields of a tool that its form shows, or that only wrap others.
 _STRUCTURE = {"type", "function", "parameters", "properties", "required", "items"}
 
@@ -67,10 +69,11 @@ def thought_events(message: Message, before_content: str, source: str) -> Iterat
         return
     if _EMPTY_THOUGHT.search(before_content):
         yield EMPTY_THOUGHT
-    tags = source.replace("</", "<")  # a template may name the end of a thought only
-    opened, own = _OPENS.match(message.content.lstrip()), _OPENS.search(tags)
-    if opened and own and opened[0] not in tags:
-        yield thought_written_otherwise(opened[0], own[0])
+    if opened := _OPENS.match(message.content.lstrip()):
+        tags = source.replace("</", "<")  # a template may name the end of a thought only
+        own = _OPENS.search(tags)
+        if own and opened[0] not in tags:
+            yield thought_written_otherwise(opened[0], own[0])
 
 
 def markup_events(text: str, special: re.Pattern, added: str, source: str = "") -> Iterator[Event]:
@@ -89,10 +92,10 @@ def before_thought(text: str) -> str:
     return text[: found.start()] if found else text
 
 
-def tool_events(tools: Sequence[dict], text: str) -> Iterator[Event]:
-    """Raises TemplateError where a tool is not shown at all."""
+def tool_events(tools: Sequence[dict], text: str, source: str) -> Iterator[Event]:
+    """Raises TemplateError where a tool is not shown at all: by its name, which may stand in the text by accident."""
     for tool in tools:
-        if tool["function"]["name"] not in text:
+        if tool["function"]["name"] not in text or not _TOOLS.search(source):
             raise TemplateError(
                 f"the chat template does not show the tool {tool['function']['name']!r}; use a template "
                 "that knows `tools`, or take them out of the data"
@@ -102,10 +105,10 @@ def tool_events(tools: Sequence[dict], text: str) -> Iterator[Event]:
                 yield tool_field_not_shown(key)
 
 
-def call_events(message: Message, turn: str) -> Iterator[Event]:
+def call_events(message: Message, turn: str, source: str) -> Iterator[Event]:
     """`turn`: what of the text is the message's. Raises TemplateError where a call is not shown at all."""
     for call in message.tool_calls:
-        if call["function"]["name"] not in turn:
+        if call["function"]["name"] not in turn or not _CALLS.search(source):
             raise TemplateError(
                 f"the chat template does not show the call of {call['function']['name']!r}; use a template "
                 "that knows `tool_calls`, or take such conversations out of the data"

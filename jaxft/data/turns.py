@@ -195,11 +195,11 @@ class ChatTemplate:
     ) -> Iterable[Event]:
         """What the conversation says and the text does not show. TemplateError where a tool or a call is not shown."""
         learned = "".join(found.text[start:end] for start, end in supervised)
-        yield from shown.tool_events(tools, found.text)
+        yield from shown.tool_events(tools, found.text, self.source)
         for i, message in enumerate(messages):
             turn = found.text[slice(*turns[i])] if i in turns else found.text
             yield from shown.content_events(message, turn, bool(found.opens[i] or found.closes[i]))
-            yield from shown.call_events(message, learned if message.supervised and not turns else turn)
+            yield from shown.call_events(message, learned if message.supervised and not turns else turn, self.source)
             yield from shown.markup_events(message.content, self.special, self._added, self.source)
             if i in turns:
                 # Some prompts open the thought, and only its end is learned.

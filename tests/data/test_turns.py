@@ -227,6 +227,12 @@ def test_tools_and_calls_must_show():
         learned(tools + CHATML + PROMPT, CALLS, *IM)
     with pytest.raises(TemplateError, match=r"does not show the call of 'add'"):
         learned(tools + GENERATION, CALLS, *IM)
+    by_accident = replace(CALLS, messages=(replace(CALLS.messages[0], content="Please add."), *CALLS.messages[1:]))
+    with pytest.raises(TemplateError, match=r"does not show the tool 'add'"):
+        learned(whole.removeprefix(tools), by_accident, *IM)
+    beside = replace(CALLS.messages[1], content="I add.")
+    with pytest.raises(TemplateError, match=r"does not show the call of 'add'"):
+        learned(tools + CHATML, replace(CALLS, messages=(CALLS.messages[0], beside, *CALLS.messages[2:])), *IM)
 
 
 def test_a_call_whose_turn_has_no_end_may_be_part_of_the_prompt():
