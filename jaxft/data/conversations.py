@@ -4,8 +4,8 @@ The order of roles is: at most one system message, then a user message, then ans
 An assistant message that calls tools is followed by tool messages with the results. A last question may stand
 unanswered.
 
-A null is an absent value, in tools and messages at any depth. Only an argument of a call may be null, where the tool
-has a parameter of that name, or is not known.
+A null is an absent value, in tools and messages at any depth. Only what a tool's schema lets be null may be: an
+argument of a call that is required, may be null, or of which nothing is known.
 """
 
 from collections.abc import Sequence
@@ -267,6 +267,7 @@ def _join_parts(parts: list) -> tuple[str, list[str]]:
     """The text of all parts, and keys of theirs that are not read."""
     texts, unread = [], []
     for part in parts:
+        part = {"text": part} if isinstance(part, str) else part
         type_ = part.get("type", "text") if isinstance(part, dict) else kind(part)
         if type_ in ("thinking", "reasoning", "redacted_thinking"):
             raise ValueError(f"content of type {type_!r} cannot be learned yet; remove such parts, or the example")

@@ -24,9 +24,9 @@ def test_roles_and_keys_in_all_spellings():
 
 
 def test_content_in_parts_and_columns_that_hold_none():
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "value": " b"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "value": " b"}, " c"]
     answer = {"role": "assistant", "content": "c", "tool_calls": None, "weight": None, "from": None}
-    assert [m.content for m in parse_messages([*turns(("user", parts)), answer])] == ["a b", "c"]
+    assert [m.content for m in parse_messages([*turns(("user", parts)), answer])] == ["a b c", "c"]
 
 
 @pytest.mark.parametrize("key", ["weight", "loss_weight"])

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from jaxft.data.conversations import Message, parse_messages
-from jaxft.data.events import RESULT_OF_NO_CALL
+from jaxft.data.events import FILLED_NULLS, RESULT_OF_NO_CALL
 from jaxft.data.tool_calls import parse_tools
 
 
@@ -97,6 +97,34 @@ def test_a_null_that_a_schema_means_stays(schema, kept):
     assert (events == ()) is kept
 
 
+PLACE = {"type": "object", "properties": {"city": {"type": "string"}, "zip": {"type": ["string", "null"]}}}
+
+
+@pytest.mark.parametrize(
+    "given, kept",
+    [
+        ({"n": None, "word": "kelp"}, {"word": "kelp"}),  # optional, and no null: left out by its writer
+        ({"word": None}, {"word": None}),  # required: it was written
+        ({"word": "a", "any": None, "other": None}, {"word": "a", "any": None}),
+        ({"word": "a", "place": {"city": None, "zip": None, "x": None}}, {"word": "a", "place": {"zip": None}}),
+        ({"word": "a", "places": [{"city": "b", "x": None}, None]}, {"word": "a", "places": [{"city": "b"}, None]}),
+        ({"word": "a", "free": {"x": None}}, {"word": "a", "free": {"x": None}}),
+    ],
+)
+def test_nulls_in_arguments_are_what_the_schema_makes_of_them(given, kept):
+    word, free = {"type": "string"}, {"type": "object"}
+    properties = {"word": word, "n": {"type": "integer"}, "any": {}, "place": PLACE, "free": free}
+    properties["places"] = {"type": "array", "items": PLACE}
+    tool = {"name": "f", "parameters": {"type": "object", "properties": properties, "required": ["word"]}}
+    for arguments in (given, json.dumps(given)):
+        for tools, expected in (((tool,), kept), ((), given)):
+            turns = [{"role": "user", "content": "q"}]
+            turns += [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+            message = parse_messages(turns, parse_tools(list(tools))[0])[1]
+            assert message.tool_calls[0]["function"]["arguments"] == expected
+            assert (FILLED_NULLS in message.events) == (expected != given)
+
+
 def test_tools():
     function = {"name": "add", "parameters": {}}
     wrapped = {"type": "function", "function": function}
@@ -114,7 +142,7 @@ def test_tools():
         {"name": ["add"], "parameters": [{}]},
     ):
         assert parse_tools(given)[0] == (wrapped,)
-    assert parse_tools(None) == parse_tools("[]") == parse_tools("") == ((), ())
+    assert all(parse_tools(nothing) == ((), ()) for nothing in (None, "[]", "", "null"))
     for bad, reason in [
         ("{", "not JSON"),
         (7, "must be a list"),
