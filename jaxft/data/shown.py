@@ -79,11 +79,16 @@ def thought_events(message: Message, before_content: str, source: str) -> Iterat
 def markup_events(text: str, special: re.Pattern, added: str, source: str = "") -> Iterator[Event]:
     """`special`: this tokenizer's special tokens; `added`: all that it has as one token; `source`: the template, of
     whose turns `text` is a part."""
-    letters = [found for match in _MARKUP.findall(text) if (found := match.strip()) not in added]
+    letters = markup_in_letters(text, added)
     if special.search(text) or any(found in source for found in letters):
         yield MARKUP_SPELT
     if any(found not in source for found in letters):
         yield FOREIGN_MARKUP
+
+
+def markup_in_letters(text: str, added: str) -> list[str]:
+    """Each border of a turn in a text that is not a token of this tokenizer, which has `added` as tokens."""
+    return [found for match in dict.fromkeys(_MARKUP.findall(text)) if (found := match.strip()) not in added]
 
 
 def before_thought(text: str) -> str:

@@ -168,3 +168,25 @@ def test_a_template_of_the_users_that_forgets_bos_is_told(real_tokenizer, caplog
     assert caplog.text == ""
     Renderer(real_tokenizer("llama2"), body)
     assert "the chat template does not begin with <s>, which the tokenizer puts before every text" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "template, tokenizer, markup",
+    [
+        ("Qwen-Qwen3-0.6B", "llama3_2", "<|im_start|>, <|im_end|>"),
+        ("google-gemma-2-2b-it", "qwen3", "<start_of_turn>, <end_of_turn>"),
+        ("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "llama3_2", "<｜User｜>, <｜Assistant｜>"),
+        ("Qwen-Qwen3-0.6B", "qwen3", None),
+        ("llama-2-chat", "llama2", None),
+        ("google-gemma-2-2b-it", "gemma2", None),
+        ("meta-llama-Llama-3.1-8B-Instruct", "llama3_2", None),
+    ],
+)
+def test_a_template_of_another_model_is_told(material, real_tokenizer, caplog, template, tokenizer, markup):
+    """Its borders of turns are many tokens of letters, so the answers are no longer what the model knows."""
+    Renderer(real_tokenizer(tokenizer), str(material / "templates" / f"{template}.jinja"))
+    words = f"the chat template writes {markup}, which this tokenizer has as letters" if markup else "as letters"
+    assert (words in caplog.text) is bool(markup)
+    caplog.clear()
+    Renderer(real_tokenizer(tokenizer), "chatml")
+    assert caplog.text == ""
