@@ -32,10 +32,11 @@ from jaxft.data.conversations import Conversation, Message
 from jaxft.data.events import RENDERED, WRITTEN_ENDS, Event
 from jaxft.data.formats import Completion, Example, Text
 from jaxft.data.records import BadRecord
+from jaxft.data.signs import any_of
 from jaxft.data.template_process import OUTPUT_LIMIT, OutputLimitError, StoppedError
 from jaxft.data.templates import find_template, own_templates
 from jaxft.data.tokenized import Tokenized
-from jaxft.data.turns import ChatTemplate, Rendered, any_of
+from jaxft.data.turns import ChatTemplate, Rendered
 
 logger = logging.getLogger(__name__)
 

@@ -112,11 +112,13 @@ def tool_events(tools: Sequence[dict], text: str, source: str) -> Iterator[Event
 
 def call_events(message: Message, turn: str, source: str) -> Iterator[Event]:
     """`turn`: what of the text is the message's. Raises TemplateError where a call is not shown at all."""
+    names = [call["function"]["name"] for call in message.tool_calls]
     for call in message.tool_calls:
-        if call["function"]["name"] not in turn or not _CALLS.search(source):
+        if turn.count(name := call["function"]["name"]) < names.count(name) or not _CALLS.search(source):
+            which = "the" if names.count(name) == 1 else "every"
             raise TemplateError(
-                f"the chat template does not show the call of {call['function']['name']!r}; use a template "
-                "that knows `tool_calls`, or take such conversations out of the data"
+                f"the chat template does not show {which} call of {name!r}; use a template that knows `tool_calls`, "
+                "or take such conversations out of the data"
             )
         arguments = call["function"]["arguments"]
         if not all(key in turn for key in arguments) or not all(_says(turn, value) for _, value in _leaves(arguments)):

@@ -29,13 +29,13 @@ from jaxft.data import shown
 from jaxft.data.conversations import Conversation, Message
 from jaxft.data.events import CALL_IDS, Event, key_not_read
 from jaxft.data.marks import Marked, free_characters, render_with_marks, take_out
+from jaxft.data.signs import PROBE, Signs, any_of
 from jaxft.data.template_input import CALL, CALLED, CallForm, find_call_form, job, rewrites_ids
 from jaxft.data.template_process import OUTPUT_LIMIT, OutputLimitError, TemplateError, TemplateProcess
 
 Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 _OPENING = len("<reasoning>\n")
-_PROBE = (Message("user", "question"), Message("assistant", "answer"))
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,6 @@ class Rendered:
     add_bos: bool = False
     add_eos: bool = False
     events: tuple[Event, ...] = ()
-
-
-def any_of(tokens: Iterable[str]) -> re.Pattern:
-    """Matches each of the tokens, the longest first; nothing where there are none."""
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 class ChatTemplate:
@@ -86,7 +81,7 @@ class ChatTemplate:
         self.source = source
         self._process = TemplateProcess(source, variables, today, time_limit)
         self._added = " ".join([*special_tokens, *added_tokens])
-        found = self._render(_PROBE, (), [1])
+        found = self._render(PROBE, (), [1])
         if len(found.closes[1]) != 1:
             raise TemplateError("the chat template does not show the assistant's answer")
         after = found.text[found.closes[1][0] :]
@@ -95,11 +90,6 @@ class ChatTemplate:
         self.stop = token and token[0]
         self._bos = variables.get("bos_token", "") if "bos_token" in source else ""
         self.begins_with_bos = bool(self._bos) and found.text.lstrip().startswith(self._bos)
-        self._header = ""
-        if all(len(places) == 1 for places in (*found.opens, *found.closes)):
-            between = found.text[found.closes[0][0] : found.opens[1][0]]
-            header = shown.before_thought(shared_beginning(between, found.tails.get("user") or between))
-            self._header = _without_blanks(header)
 
     def render(self, conversation: Conversation) -> Rendered:
         """The whole conversation. TemplateError (a ValueError) if a turn cannot be located beyond doubt."""
@@ -123,12 +113,12 @@ class ChatTemplate:
         return Rendered(found.text, tuple(supervised), content, add_eos=add_eos, events=events)
 
     def is_rendered(self, text: str) -> bool:
-        """Whether a text went through this template already: it begins as a conversation does, and has an answer."""
-        body = text.strip().removeprefix(self._bos).lstrip()
-        begins = body.startswith(tuple(filter(None, self._beginnings)))
-        if self.special.search(self._header):
-            begins = begins or "" in self._beginnings or self.special.match(body)
-        return bool(begins and len(self._header) > 2 and self._header in _without_blanks(body))
+        """Whether a text went through this template already."""
+        return self._signs.stand_in(text)
+
+    @cached_property
+    def _signs(self) -> Signs:
+        return Signs(lambda messages: self._render(messages, (), [len(messages) - 1]), self._bos, self.special)
 
     def closing(self, text: str) -> str:
         """What a text that was rendered already lacks of an end of turn; empty where it has one."""
@@ -137,31 +127,20 @@ class ChatTemplate:
         return self.end_of_turn
 
     @cached_property
-    def _beginnings(self) -> tuple[str, ...]:
-        """The first token or word of every conversation, with and without a system message; BOS apart."""
-        words = []
-        for messages in (_PROBE, (Message("system", "instruction"), *_PROBE)):
-            try:
-                text = self._render(messages, ()).text
-            except TemplateError:  # it takes no system message
-                continue
-            opening = text.partition(messages[0].content)[0].strip().removeprefix(self._bos).strip()
-            token = self.special.match(opening)
-            words.append(token[0] if token else "".join(opening.split()[:1]))
-        return tuple(words)
-
-    @cached_property
     def _call_form(self) -> CallForm:
         return find_call_form(lambda one: self._process.render([one])[0])
 
     @cached_property
     def _call_stop(self) -> str | None:
-        """The token that ends a turn which calls a tool."""
+        """The token that ends a turn which calls a tool: the same as after an answer, if it follows the call at all."""
         try:
             text = self._process.render([self._job(CALL, (), False)])[0]
         except TemplateError:
             return None
-        token = self.special.search(text, text.rfind(CALLED) + len(CALLED)) if CALLED in text else None
+        _, called, after = text.rpartition(CALLED)
+        if not called or (self.stop and self.end_of_turn in after):
+            return self.stop
+        token = self.special.search(after)
         return token and token[0]
 
     @property
@@ -349,14 +328,3 @@ def _only(places: list[int], messages: Sequence[Message], i: int) -> int:
             "times, so the turns cannot be located"
         )
     return places[0]
-
-
-def _without_blanks(text: str) -> str:
-    """Data are rendered by many versions of a template, which differ in blanks first."""
-    return "".join(text.split())
-
-
-def shared_beginning(one: str, other: str) -> str:
-    """What two texts have in common before they differ."""
-    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:length]

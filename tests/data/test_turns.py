@@ -244,6 +244,35 @@ def test_a_call_whose_turn_has_no_end_may_be_part_of_the_prompt():
     assert learned(source, with_last_answer(CALLS)) == ["[assistant]two"]
 
 
+@pytest.mark.parametrize(
+    "end, call_end, stops",
+    [
+        ("<|end|>", "</call></calls><|end|>", {"<|end|>"}),  # tokens before the end of turn are part of the call
+        ("<|end|>", "<|call|>", {"<|end|>", "<|call|>"}),
+        ("\n<|end|>", "</call>\n<|end|>", {"<|end|>"}),
+        ("", "<|call|>", {"<|call|>"}),
+    ],
+)
+def test_the_tokens_that_stop_generation(end, call_end, stops):
+    call = "{{ m.tool_calls[0].function.arguments | tojson + call_end if m.tool_calls else m.content + end }}"
+    source = "{% for m in messages %}{{ m.role }}:" + call + "{% endfor %}"
+    tokens = ["<|end|>", "<|call|>", "</call>", "</calls>"]
+    found = ChatTemplate(source, {"end": end, "call_end": call_end}, tokens, date(2024, 7, 26), 20.0)
+    assert found.stops == stops
+
+
+def test_every_one_of_several_calls_must_show():
+    one = {"function": {"name": "add", "arguments": {"x": 1}}}
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "tool_calls": [one, one]}]
+    turns += [{"role": "tool", "content": "2"}, {"role": "tool", "content": "2"}]
+    twice = Conversation(parse_messages([*turns, {"role": "assistant", "content": "two"}]))
+    every = TURN.replace("m.content", "(m.tool_calls | tojson if m.tool_calls else m.content)")
+    assert "add" in learned("{% for m in messages %}" + every + "{% endfor %}", twice, *IM)[0]
+    first = every.replace("m.tool_calls | tojson", "m.tool_calls[0] | tojson")
+    with pytest.raises(TemplateError, match="does not show every call of 'add'"):
+        learned("{% for m in messages %}" + first + "{% endfor %}", twice, *IM)
+
+
 @pytest.mark.parametrize("blank", ["\n", "\n\n", " "])
 def test_a_blank_that_is_one_token_stops_nothing(blank):
     source = "{% for m in messages %}[{{ m.role }}]{{ m.content + '" + blank.replace("\n", "\\n") + "' }}{% endfor %}"
