@@ -1,6 +1,7 @@
 import copy
 import json
 from datetime import date
+from functools import cache
 
 import numpy as np
 import pytest
@@ -75,8 +76,9 @@ TEMPLATES = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def real_renderer(material, real_tokenizer):
+    @cache
     def build(name: str) -> Renderer:
         tokenizer, specials, *_ = TEMPLATES[name]
         path = str(material / "templates" / f"{name}.jinja")

@@ -2,6 +2,7 @@
 
 import copy
 from datetime import date
+from functools import cache
 
 import pytest
 
@@ -32,8 +33,9 @@ def render(renderer: Renderer, messages: list[dict], prompt: bool = False) -> st
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def build(material, real_tokenizer):
+    @cache
     def build(name: str) -> Renderer:
         tokenizer, specials, *_ = TEMPLATES[name]
         return Renderer(

@@ -1,6 +1,7 @@
 """What a conversation says and the chat template leaves out is an event, or the conversation is refused."""
 
 import json
+from functools import cache
 
 import pytest
 
@@ -22,8 +23,9 @@ PARAMETERS = {
 TOOL = {"type": "function", "function": {"name": "look", "description": "Look it up.", "parameters": PARAMETERS}}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def renderer(material, real_tokenizer):
+    @cache
     def build(template: str, tokenizer: str = "qwen3", *specials: str) -> Renderer:
         return Renderer(real_tokenizer(tokenizer, *specials), str(material / "templates" / f"{template}.jinja"))
 
