@@ -32,15 +32,18 @@ from jaxft.data.conversations import Conversation, Message
 from jaxft.data.events import RENDERED, WRITTEN_ENDS, Event
 from jaxft.data.formats import Completion, Example, Text
 from jaxft.data.records import BadRecord
+from jaxft.data.signs import any_of
 from jaxft.data.template_process import OUTPUT_LIMIT, OutputLimitError, StoppedError
 from jaxft.data.templates import find_template, own_templates
 from jaxft.data.tokenized import Tokenized
-from jaxft.data.turns import ChatTemplate, Rendered, any_of
+from jaxft.data.turns import ChatTemplate, Rendered
 
 logger = logging.getLogger(__name__)
 
 #: The day that templates with a date are told, always the same so that a resumed run reads the same tokens.
 TODAY = date(2024, 7, 26)
+#: Markup of Llama 2, which is letters to its own tokenizer.
+_LETTERS = ("[INS", "[/IN", "<<SY", "<</S")
 _CHUNK = 256  # examples tokenized in one call
 
 
@@ -139,8 +142,8 @@ class Renderer:
             time_limit,
             [token.content for token in added.values()],
         )
-        if self.template and self._bos and source not in own_templates(tokenizer).values():
-            self._tell_of_bos()
+        if self.template and chat_template != "chatml" and source not in own_templates(tokenizer).values():
+            self._tell_of_tokens()
         self._spell = lru_cache(self._spell_out)
 
     def encode(
@@ -273,13 +276,21 @@ class Renderer:
     def _ends_with_eos(self, text: str) -> bool:
         return text.rstrip().endswith(self.tokenizer.eos_token or "\0")
 
-    def _tell_of_bos(self) -> None:
+    def _tell_of_tokens(self) -> None:
+        """Warn of a template that was written for another tokenizer."""
         text = self.template.prompt([Message("user", "question")]).text
-        if not self._begins_with_bos(text):
+        if self._bos and not self._begins_with_bos(text):
             logger.warning(
                 "the chat template does not begin with %s, which the tokenizer puts before every text; "
                 "if the model was trained with it, begin the template with {{ bos_token }}",
                 self.tokenizer.decode(self._bos),
+            )
+        letters = [found for found in shown.markup_in_letters(text, self._own_markup) if found[:4] not in _LETTERS]
+        if letters:
+            logger.warning(
+                "the chat template writes %s, which this tokenizer has as letters, not as tokens; "
+                "is the template another model's?",
+                ", ".join(letters),
             )
 
     def _tokens(self, rendered: Sequence[Rendered]) -> Iterator[tuple[np.ndarray, Sequence[tuple[int, int]]]]:

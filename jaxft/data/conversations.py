@@ -4,17 +4,17 @@ The order of roles is: at most one system message, then a user message, then ans
 An assistant message that calls tools is followed by tool messages with the results. A last question may stand
 unanswered.
 
-A null is an absent value, in tools and messages at any depth. Only an argument of a call may be null, where the tool
-has a parameter of that name, or is not known.
+A null is an absent value, in tools and messages at any depth. Only what a tool's schema lets be null may be: an
+argument of a call that is required, may be null, or of which nothing is known.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jaxft.data.events import Event, part_key_not_read, role_read_as
+from jaxft.data.events import RESULT_OF_NO_CALL, Event, part_key_not_read, role_read_as
 from jaxft.data.nested import kind, listed, parsed, without_nulls
-from jaxft.data.tool_calls import from_function_call, parse_tool_calls
+from jaxft.data.tool_calls import from_function_call, is_given, parse_tool_calls
 
 ROLES = {
     "system": "system",
@@ -44,8 +44,8 @@ _MAY_FOLLOW = {
     "assistant with tool calls": ("tool",),
     "tool": ("assistant", "tool"),
 }
-#: Keys that say whether a turn is learned, and the value that says it is.
-MARKS = {
+#: Keys that say whether a turn is learned, as `_plain` has them, and the value that says it is.
+_LEARNED_IF = {
     "weight": True,
     "loss_weight": True,
     "loss": True,
@@ -54,26 +54,26 @@ MARKS = {
     "training": True,
     "train_on_turn": True,
     "learn": True,
+    "learnable": True,
     "supervised": True,
     "loss_mask": True,
+    "loss_scale": True,
     "mask": False,
     "masked": False,
+    "is_masked": False,
+    "ignore": False,
+    "ignore_loss": False,
+    "no_loss": False,
 }
 _TRUTH = {"1": True, "true": True, "0": False, "false": False}
-_REASONING = (
-    "reasoning_content",
-    "reasoning",
-    "reasoning_details",
-    "thinking",
-    "thinking_content",
-    "thought",
-    "thoughts",
-    "think",
-    "cot",
-    "rationale",
+_REASONING = frozenset(
+    """
+    reasoning reasoning_content reasoning_details reasoning_text reasoning_trace thinking thinking_content
+    thinking_blocks thought thoughts internal_thoughts think cot chain_of_thought rationale scratchpad
+    """.split()  # noqa: SIM905
 )
 _MEDIA = ("images", "image", "audio", "audios", "videos", "video")
-_READ = {"role", "content", "from", "value", "tool_calls", "tool_call_id", "function_call", *MARKS}
+_READ = {"role", "content", "from", "value", "tool_calls", "tool_call_id", "function_call"}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -201,9 +201,13 @@ def _parse_message(turn: Any, calls: int, waiting: list[str], tools: Sequence[di
         content = parse_text(content, f"`{content_key}` of the {given} message")
     answers = turn.get("tool_call_id") if role == "tool" else None
     if role == "tool" and waiting:
-        answers = answers or waiting[0]
-        waiting[:] = [call for call in waiting if call != answers]
-    extra = {key: without_nulls(value) for key, value in turn.items() if key not in _READ and value not in ("", [], {})}
+        if answers not in waiting:
+            if answers is not None and not is_given(waiting[0]):
+                events.append(RESULT_OF_NO_CALL)
+            answers = waiting[0]
+        waiting.remove(answers)
+    unread = {key: value for key, value in turn.items() if key not in _READ and _plain(key) not in _LEARNED_IF}
+    extra = {key: without_nulls(value) for key, value in unread.items() if value not in ("", [], {})}
     return Message(role, content, _is_supervised(turn, role), tool_calls, answers, extra, tuple(events))
 
 
@@ -217,7 +221,7 @@ def _content(turn: dict, key: str) -> Any:
 
 
 def _refuse_what_is_not_text(turn: dict) -> None:
-    if found := [key for key in _REASONING if turn.get(key)]:
+    if found := [key for key in turn if _plain(key) in _REASONING and turn[key]]:
         raise ValueError(
             f"reasoning in `{found[0]}` cannot be learned yet; remove the key, or write the reasoning into the content "
             "where the chat template shows it there (as <think>...</think>)"
@@ -229,17 +233,18 @@ def _refuse_what_is_not_text(turn: dict) -> None:
 def _is_supervised(turn: dict, role: str) -> bool:
     """Whether the turn is learned: every answer is, unless a mark such as `weight: 0` or `train: false` says no."""
     said: dict[str, bool] = {}
-    for key, positive in MARKS.items():
-        if key not in turn:
+    for key, given in turn.items():
+        positive = _LEARNED_IF.get(_plain(key))
+        if positive is None or given == "":
             continue
-        value = _TRUTH.get(str(turn[key]).strip().lower().removesuffix(".0"))
+        value = _TRUTH.get(str(given).strip().lower().removesuffix(".0"))
         if value is None:
             raise ValueError(
-                f"`{key}` is {turn[key]!r}; a turn is learned ({_yes(positive)}) or not ({_yes(not positive)})"
+                f"`{key}` is {given!r}; a turn is learned ({_yes(positive)}) or not ({_yes(not positive)})"
             )
         if value == positive and positive and role != "assistant":
             raise ValueError(
-                f"`{key}` is {turn[key]!r} on a {role} message; only assistant messages can be learned. "
+                f"`{key}` is {given!r} on a {role} message; only assistant messages can be learned. "
                 "To learn all of the text, set `assistant_only_loss: false` and remove the marks"
             )
         said[key] = value == positive
@@ -250,6 +255,10 @@ def _is_supervised(turn: dict, role: str) -> bool:
     return role == "assistant" and all(said.values())
 
 
+def _plain(key: str) -> str:
+    return key.lower().replace("-", "_")
+
+
 def _yes(value: bool) -> str:
     return "1 or true" if value else "0 or false"
 
@@ -258,6 +267,7 @@ def _join_parts(parts: list) -> tuple[str, list[str]]:
     """The text of all parts, and keys of theirs that are not read."""
     texts, unread = [], []
     for part in parts:
+        part = {"text": part} if isinstance(part, str) else part
         type_ = part.get("type", "text") if isinstance(part, dict) else kind(part)
         if type_ in ("thinking", "reasoning", "redacted_thinking"):
             raise ValueError(f"content of type {type_!r} cannot be learned yet; remove such parts, or the example")

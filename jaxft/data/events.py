@@ -21,11 +21,13 @@ REASONING_LOST = Event("the chat template does not show the reasoning of an answ
 REASONING_LEFT_OUT = Event("the chat template does not show the reasoning of an answer that is not learned", lost=False)
 EMPTY_THOUGHT = Event("the chat template puts an empty thought before an answer, and it is learned", lost=False)
 CONTENT_CUT = Event("the chat template shows a part of a content only")
-MARKUP_SPELT = Event("a content spells special tokens; they are read as letters")
+BESIDE_CALL = Event("the chat template does not show all of the content beside a tool call")
+MARKUP_SPELT = Event("a content spells special tokens or markup of the chat template; they are read as letters")
 FOREIGN_MARKUP = Event("a text holds the markup of another chat template; it is read as letters")
 RENDERED = Event("already rendered by this chat template: special tokens are read as such", lost=False)
 WRITTEN_ENDS = Event("BOS or EOS is spelt at an end of the text; it is read as the token, once", lost=False)
 CALL_IDS = Event("ids of tool calls are rewritten to nine letters, as the chat template asks", lost=False)
+RESULT_OF_NO_CALL = Event("the result of a tool names no call that waits for one; it is given to the first that does")
 ARGUMENTS_LOST = Event("the chat template does not show all arguments of a tool call")
 FILLED_NULLS = Event(
     "fields that are absent, as Arrow fills them in, are left out of tools, calls and messages", lost=False
@@ -36,20 +38,24 @@ def not_shown(role: str) -> Event:
     return Event(f"the chat template does not show a message of role {role}")
 
 
-def key_not_shown(key: str) -> Event:
-    return Event(f"key `{key}` of a message is not shown by the chat template")
+def key_not_read(key: str) -> Event:
+    return Event(f"the chat template does not read the key `{key}` of a message")
 
 
 def tool_field_not_shown(field: str) -> Event:
-    return Event(f"field `{field}` of a tool is not shown by the chat template")
+    return Event(f"the chat template does not show the field `{field}` of a tool")
 
 
 def call_key_not_read(key: str) -> Event:
-    return Event(f"key `{key}` of a tool call is not read")
+    return Event(f"the key `{key}` of a tool call is not read")
 
 
 def part_key_not_read(key: str) -> Event:
-    return Event(f"key `{key}` of a part of a content is not read")
+    return Event(f"the key `{key}` of a part of a content is not read")
+
+
+def thought_written_otherwise(tag: str, own: str) -> Event:
+    return Event(f"an answer that is learned begins with {tag}, but the chat template writes reasoning in {own}")
 
 
 def role_read_as(given: str, role: str) -> Event:

@@ -19,6 +19,7 @@ there is none, a prompt and its completion are joined as they stand, and alpaca'
 headings `### Instruction:`, `### Input:` and `### Response:`.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -84,6 +85,10 @@ _ABOUT = frozenset(
     token_count tokens_count word_count char_count size quality quality_score perplexity
     """.split()  # noqa: SIM905
 )
+
+
+#: How pandas names the column of its row numbers, in CSV and in Parquet.
+_INDEX = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
 
 
 class FormatError(ValueError):
@@ -163,7 +168,8 @@ def detect(values: Mapping[str, Any], columns: Mapping[str, str]) -> str:
             raise FormatError(
                 f"matches several formats ({', '.join(found)}); set `type` to one of them. It has: {keys}"
             )
-        if found == ["text"] and not columns and (others := sorted(held - {"text"} - _ABOUT)):
+        others = sorted(name for name in held - {"text"} - _ABOUT if not _INDEX.fullmatch(name))
+        if found == ["text"] and not columns and others:
             raise FormatError(
                 f"`text` stands beside {', '.join(f'`{name}`' for name in others)}: what is to be learned? "
                 f"To learn `{others[0]}` as the answer, set `columns: {{prompt: text, completion: {others[0]}}}`; "

@@ -37,9 +37,9 @@ def render_with_marks(
     add_generation_prompt: bool,
     source: str,
 ) -> Marked:
-    """Marks stand around the whole contents, or inside their outer blanks, which templates may strip; and, where a
-    template acts on what a system message says, not in that. For one assistant turn after each kind of role, the
-    prompt of that turn is rendered, too.
+    """Marks stand around the whole contents, or inside their outer blanks, which templates may strip. Where a template
+    acts on what stands beside a call of a tool, or in a system message, there are none in that. For one assistant turn
+    after each kind of role, the prompt of that turn is rendered, too.
 
     Args:
         render: renders jobs of a template.
@@ -52,9 +52,9 @@ def render_with_marks(
     """
     marks = free_characters(source, messages)
     last_after = {messages[i - 1].role: i for i in answers}
-    for unmarked, mark in product(("", "system"), (_around, _inside)):
+    for unmarked, mark in product(((), ("call",), ("system",), ("call", "system")), (_around, _inside)):
         marked = [
-            message if message.role == unmarked else mark(message, *marks[2 * i : 2 * i + 2])
+            message if _kind(message) in unmarked else mark(message, *marks[2 * i : 2 * i + 2])
             for i, message in enumerate(messages)
         ]
         blocks = {"generation_start": marks[-2], "generation_end": marks[-1]}
@@ -87,6 +87,10 @@ def free_characters(source: str, messages: Sequence[Message]) -> list[str]:
     count = 2 * len(messages) + 2
     codes = range(0x100000, 0x100000 + count + len(taken))
     return [char for code in codes if (char := chr(code)) not in taken][:count]
+
+
+def _kind(message: Message) -> str:
+    return "call" if message.tool_calls else message.role
 
 
 def _around(message: Message, opening: str, closing: str) -> Message:

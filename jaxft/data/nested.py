@@ -21,10 +21,10 @@ def listed(value: Any, what: str) -> Any:
 
 
 def parsed(value: Any, what: str) -> Any:
-    """The list or object that JSON text says; any other value as it is, and blank text as None."""
+    """The list or object that JSON text says; any other value as it is, and blank text and "null" as None."""
     if not isinstance(value, str):
         return value
-    if not value.strip():
+    if value.strip() in ("", "null"):
         return None
     if value.lstrip()[0] not in "[{":
         return value
@@ -35,14 +35,29 @@ def parsed(value: Any, what: str) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """Without the keys that are null, at any depth."""
+    """Without the keys that are null, at any depth; but null may be a constant, or the default of what takes null."""
     if isinstance(value, dict):
         return {
             key: part if key in _LITERAL else without_nulls(part)
             for key, part in value.items()
-            if part is not None or key == "const"
+            if part is not None or key == "const" or (key == "default" and takes_null(value))
         }
     return [without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def takes_null(schema: Any) -> bool:
+    """Whether a JSON schema allows null, or does not say."""
+    if not isinstance(schema, dict) or schema.get("nullable") or "$ref" in schema:
+        return True
+    types, values = schema.get("type"), schema.get("enum")
+    choices = [*(schema.get("anyOf") or []), *(schema.get("oneOf") or [])]
+    if not (types or values or choices):
+        return True
+    return types == "null" or "null" in _list(types) or None in _list(values) or any(map(takes_null, choices))
+
+
+def _list(value: Any) -> list:
+    return value if isinstance(value, list) else []
 
 
 def kind(value: Any) -> str:

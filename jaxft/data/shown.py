@@ -13,6 +13,7 @@ from typing import Any
 from jaxft.data.conversations import Message
 from jaxft.data.events import (
     ARGUMENTS_LOST,
+    BESIDE_CALL,
     CONTENT_CUT,
     EMPTY_THOUGHT,
     FOREIGN_MARKUP,
@@ -21,6 +22,7 @@ from jaxft.data.events import (
     REASONING_LOST,
     Event,
     not_shown,
+    thought_written_otherwise,
     tool_field_not_shown,
 )
 from jaxft.data.template_process import TemplateError
@@ -28,8 +30,19 @@ from jaxft.data.template_process import TemplateError
 _TAG = "think|thinking|thought|reasoning"
 _THOUGHT = re.compile(rf"(</?(?:{_TAG})>)")
 _EMPTY_THOUGHT = re.compile(rf"<({_TAG})>\s*</\1>")
-#: How chat templates write the borders of turns, in tokens of theirs or in letters.
-_MARKUP = re.compile(r"<\|[A-Za-z_]{2,30}\|>|<｜[^｜\s]{2,30}｜>|<(?:start|end)_of_turn>|\[/?INST\]")
+#: How models and data sets open a thought.
+_OPENS = re.compile(
+    rf"<(?:seed:)?(?:{_TAG}|reflection|scratchpad)>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>analysis",
+    re.I,
+)
+#: How chat templates write the borders of turns, in tokens of theirs or in letters; BOS and EOS at the ends only, as
+#: <s> is a tag of HTML, too.
+_MARKUP = re.compile(
+    r"<\|[A-Za-z_]{2,30}\|>|<｜[^｜\s]{2,30}｜>|<(?:start|end)_of_turn>|<\|turn>|<turn\|>|\[/?INST\]|<</?SYS>>"
+    r"|^\s*(?:<s>|<bos>)|(?:</s>|<eos>)\s*$"
+)
+#: Names by which a template reads tools and calls.
+_TOOLS, _CALLS = re.compile(r"\btools\b"), re.compile(r"\btool_calls\b")
 #: Fields of a tool that its form shows, or that only wrap others.
 _STRUCTURE = {"type", "function", "parameters", "properties", "required", "items"}
 
@@ -47,27 +60,47 @@ def content_events(message: Message, shown: str, located: bool) -> Iterator[Even
         if message.role == "assistant" and k + 1 < len(pieces) and pieces[k + 1].startswith("</"):
             yield REASONING_LOST if message.supervised else REASONING_LEFT_OUT
         else:
-            yield CONTENT_CUT if located else not_shown(message.role)
+            yield CONTENT_CUT if located else BESIDE_CALL if message.tool_calls else not_shown(message.role)
 
 
-def thought_events(message: Message, before_content: str) -> Iterator[Event]:
-    """`before_content`: what is learned of a turn before its content."""
-    if message.supervised and _EMPTY_THOUGHT.search(before_content):
+def thought_events(message: Message, before_content: str, source: str) -> Iterator[Event]:
+    """`before_content`: what is learned of a turn before its content; `source`: of the chat template."""
+    if not message.supervised:
+        return
+    if _EMPTY_THOUGHT.search(before_content):
         yield EMPTY_THOUGHT
+    if opened := _OPENS.match(message.content.lstrip()):
+        tags = source.replace("</", "<")  # a template may name the end of a thought only
+        own = _OPENS.search(tags)
+        if own and opened[0] not in tags:
+            yield thought_written_otherwise(opened[0], own[0])
 
 
-def markup_events(text: str, special: re.Pattern, own: str) -> Iterator[Event]:
-    """`special`: this tokenizer's tokens; `own`: texts in which markup belongs to this template, as its source."""
-    if special.search(text):
+def markup_events(text: str, special: re.Pattern, added: str, source: str = "") -> Iterator[Event]:
+    """`special`: this tokenizer's special tokens; `added`: all that it has as one token; `source`: the template, of
+    whose turns `text` is a part."""
+    letters = markup_in_letters(text, added)
+    if special.search(text) or any(found in source for found in letters):
         yield MARKUP_SPELT
-    if any(found not in own for found in _MARKUP.findall(text)):
+    if any(found not in source for found in letters):
         yield FOREIGN_MARKUP
 
 
-def tool_events(tools: Sequence[dict], text: str) -> Iterator[Event]:
-    """Raises TemplateError where a tool is not shown at all."""
+def markup_in_letters(text: str, added: str) -> list[str]:
+    """Each border of a turn in a text that is not a token of this tokenizer, which has `added` as tokens."""
+    return [found for match in dict.fromkeys(_MARKUP.findall(text)) if (found := match.strip()) not in added]
+
+
+def before_thought(text: str) -> str:
+    """The text up to where a thought begins."""
+    found = _OPENS.search(text)
+    return text[: found.start()] if found else text
+
+
+def tool_events(tools: Sequence[dict], text: str, source: str) -> Iterator[Event]:
+    """Raises TemplateError where a tool is not shown at all: by its name, which may stand in the text by accident."""
     for tool in tools:
-        if tool["function"]["name"] not in text:
+        if tool["function"]["name"] not in text or not _TOOLS.search(source):
             raise TemplateError(
                 f"the chat template does not show the tool {tool['function']['name']!r}; use a template "
                 "that knows `tools`, or take them out of the data"
@@ -77,13 +110,15 @@ def tool_events(tools: Sequence[dict], text: str) -> Iterator[Event]:
                 yield tool_field_not_shown(key)
 
 
-def call_events(message: Message, turn: str) -> Iterator[Event]:
+def call_events(message: Message, turn: str, source: str) -> Iterator[Event]:
     """`turn`: what of the text is the message's. Raises TemplateError where a call is not shown at all."""
+    names = [call["function"]["name"] for call in message.tool_calls]
     for call in message.tool_calls:
-        if call["function"]["name"] not in turn:
+        if turn.count(name := call["function"]["name"]) < names.count(name) or not _CALLS.search(source):
+            which = "the" if names.count(name) == 1 else "every"
             raise TemplateError(
-                f"the chat template does not show the call of {call['function']['name']!r}; use a template "
-                "that knows `tool_calls`, or take such conversations out of the data"
+                f"the chat template does not show {which} call of {name!r}; use a template that knows `tool_calls`, "
+                "or take such conversations out of the data"
             )
         arguments = call["function"]["arguments"]
         if not all(key in turn for key in arguments) or not all(_says(turn, value) for _, value in _leaves(arguments)):

@@ -168,7 +168,9 @@ def _serve() -> None:
         except MemoryError:
             reply = {"error": f"the chat template needs more than {MEMORY_LIMIT >> 20} MiB of memory"}
         except Exception as error:  # whatever a foreign program raises is its message to the user
-            reply = {"error": f"{type(error).__name__}: {error}"}
+            raised = type(error) is jinja2.TemplateError  # by itself, with `raise_exception`
+            words = "refuses this" if raised else f"fails with {type(error).__name__}"
+            reply = {"error": f"the chat template {words}: {error}"}
         sys.stdout.write(json.dumps(reply) + "\n")
         sys.stdout.flush()
 

@@ -1,12 +1,15 @@
 """Tools and their calls in OpenAI's form, however a record stores them."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxft.data.events import FILLED_NULLS, Event, call_key_not_read
-from jaxft.data.nested import kind, listed, parsed, without_nulls
+from jaxft.data.nested import kind, listed, parsed, takes_null, without_nulls
 from jaxft.data.strict_json import parse_json, reason
+
+_GIVEN = "call{:05d}"  # the id of a call that has none
 
 
 def parse_tools(tools: Any) -> tuple[tuple[dict, ...], tuple[Event, ...]]:
@@ -69,23 +72,40 @@ def parse_tool_calls(tool_calls: Any, before: int, tools: Sequence[dict], events
                 raise ValueError(f"the arguments of {name} are {reason(error)}") from None
         if not isinstance(arguments, dict):
             raise ValueError(f"the arguments of {name} must be an object")
-        known = _parameters(name, tools)
-        kept = {key: value for key, value in arguments.items() if value is not None or known is None or key in known}
-        if len(kept) < len(arguments):
+        kept = _meant(arguments, _parameters(name, tools))
+        if kept != arguments:
             events.append(FILLED_NULLS)
         unread = [*(set(call) - {"id", "type", "function", "name", "arguments", "index"})]
         unread += [*(set(function) - {"name", "arguments"} if function is not call else ())]
         events += [call_key_not_read(key) for key in sorted(unread) if (call.get(key) or function.get(key))]
-        identity = call.get("id") or f"call{before + len(found):05d}"
+        identity = call.get("id") or _GIVEN.format(before + len(found))
         found.append({"id": identity, "type": "function", "function": {"name": name, "arguments": kept}})
     return tuple(found)
 
 
-def _parameters(name: str, tools: Iterable[dict]) -> set[str] | None:
-    """Names of a tool's parameters; None where the tool is not known or takes anything."""
-    for tool in tools:
-        if tool["function"]["name"] == name:
-            parameters = tool["function"].get("parameters")
-            properties = parameters.get("properties") if isinstance(parameters, dict) else None
-            return set(properties) if isinstance(properties, dict) else None
-    return None
+def is_given(identity: str) -> bool:
+    """Whether a call had no id and got this one here."""
+    return re.fullmatch(r"call\d{5}", str(identity)) is not None
+
+
+def _parameters(name: str, tools: Iterable[dict]) -> Any:
+    """The schema of a tool's arguments; None where the tool is not known."""
+    return next((tool["function"].get("parameters") for tool in tools if tool["function"]["name"] == name), None)
+
+
+def _meant(value: Any, schema: Any) -> Any:
+    """Without the nulls that stand for absent fields, at any depth: of names that the schema does not have, or that it
+    neither requires nor lets be null. Where it does not say what an object holds, nulls stay."""
+    if not isinstance(schema, dict):
+        return value
+    if isinstance(value, list):
+        return [_meant(part, schema.get("items")) for part in value]
+    properties = schema.get("properties")
+    if not isinstance(value, dict) or not isinstance(properties, dict):
+        return value
+    required = schema.get("required") or ()
+    return {
+        key: _meant(part, properties.get(key))
+        for key, part in value.items()
+        if part is not None or (key in properties and (key in required or takes_null(properties[key])))
+    }

@@ -27,15 +27,15 @@ from functools import cached_property
 
 from jaxft.data import shown
 from jaxft.data.conversations import Conversation, Message
-from jaxft.data.events import CALL_IDS, Event, key_not_shown
+from jaxft.data.events import CALL_IDS, Event, key_not_read
 from jaxft.data.marks import Marked, free_characters, render_with_marks, take_out
+from jaxft.data.signs import PROBE, Signs, any_of
 from jaxft.data.template_input import CALL, CALLED, CallForm, find_call_form, job, rewrites_ids
 from jaxft.data.template_process import OUTPUT_LIMIT, OutputLimitError, TemplateError, TemplateProcess
 
 Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 _OPENING = len("<reasoning>\n")
-_PROBE = (Message("user", "question"), Message("assistant", "answer"))
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,6 @@ class Rendered:
     add_bos: bool = False
     add_eos: bool = False
     events: tuple[Event, ...] = ()
-
-
-def any_of(tokens: Iterable[str]) -> re.Pattern:
-    """Matches each of the tokens, the longest first; nothing where there are none."""
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 class ChatTemplate:
@@ -85,20 +80,16 @@ class ChatTemplate:
         self.special = any_of(special_tokens)
         self.source = source
         self._process = TemplateProcess(source, variables, today, time_limit)
-        self._markup = f"{source} {' '.join(special_tokens)} {' '.join(added_tokens)}"
-        found = self._render(_PROBE, (), [1])
+        self._added = " ".join([*special_tokens, *added_tokens])
+        found = self._render(PROBE, (), [1])
         if len(found.closes[1]) != 1:
             raise TemplateError("the chat template does not show the assistant's answer")
         after = found.text[found.closes[1][0] :]
-        token = self.special.search(after) or any_of(added_tokens).search(after)
+        token = self.special.search(after) or any_of(token for token in added_tokens if token.strip()).search(after)
         self.end_of_turn = after[: token.end()] if token else after
         self.stop = token and token[0]
         self._bos = variables.get("bos_token", "") if "bos_token" in source else ""
         self.begins_with_bos = bool(self._bos) and found.text.lstrip().startswith(self._bos)
-        self._header = ""
-        if all(len(places) == 1 for places in (*found.opens, *found.closes)):
-            between = found.text[found.closes[0][0] : found.opens[1][0]]
-            self._header = shared_beginning(between, found.tails.get("user") or between).strip()
 
     def render(self, conversation: Conversation) -> Rendered:
         """The whole conversation. TemplateError (a ValueError) if a turn cannot be located beyond doubt."""
@@ -122,12 +113,12 @@ class ChatTemplate:
         return Rendered(found.text, tuple(supervised), content, add_eos=add_eos, events=events)
 
     def is_rendered(self, text: str) -> bool:
-        """Whether a text went through this template already: it begins as a conversation does, and has an answer."""
-        body = text.strip().removeprefix(self._bos).lstrip()
-        begins = body.startswith(tuple(filter(None, self._beginnings)))
-        if self.special.search(self._header):
-            begins = begins or "" in self._beginnings or self.special.match(body)
-        return bool(begins and len(self._header) > 2 and self._header in body)
+        """Whether a text went through this template already."""
+        return self._signs.stand_in(text)
+
+    @cached_property
+    def _signs(self) -> Signs:
+        return Signs(lambda messages: self._render(messages, (), [len(messages) - 1]), self._bos, self.special)
 
     def closing(self, text: str) -> str:
         """What a text that was rendered already lacks of an end of turn; empty where it has one."""
@@ -136,31 +127,20 @@ class ChatTemplate:
         return self.end_of_turn
 
     @cached_property
-    def _beginnings(self) -> tuple[str, ...]:
-        """The first token or word of every conversation, with and without a system message; BOS apart."""
-        words = []
-        for messages in (_PROBE, (Message("system", "instruction"), *_PROBE)):
-            try:
-                text = self._render(messages, ()).text
-            except TemplateError:  # it takes no system message
-                continue
-            opening = text.partition(messages[0].content)[0].strip().removeprefix(self._bos).strip()
-            token = self.special.match(opening)
-            words.append(token[0] if token else "".join(opening.split()[:1]))
-        return tuple(words)
-
-    @cached_property
     def _call_form(self) -> CallForm:
         return find_call_form(lambda one: self._process.render([one])[0])
 
     @cached_property
     def _call_stop(self) -> str | None:
-        """The token that ends a turn which calls a tool."""
+        """The token that ends a turn which calls a tool: the same as after an answer, if it follows the call at all."""
         try:
             text = self._process.render([self._job(CALL, (), False)])[0]
         except TemplateError:
             return None
-        token = self.special.search(text, text.rfind(CALLED) + len(CALLED)) if CALLED in text else None
+        _, called, after = text.rpartition(CALLED)
+        if not called or (self.stop and self.end_of_turn in after):
+            return self.stop
+        token = self.special.search(after)
         return token and token[0]
 
     @property
@@ -177,9 +157,10 @@ class ChatTemplate:
         for k, (start, end) in enumerate(supervised, 1):
             ends = text[start:end].rstrip().endswith(tuple(self.stops))
             if not ends and not (add_eos and k == len(supervised)):
+                after = repr(text[end : end + 20]) if text[end:] else "nothing"
                 raise TemplateError(
                     "an answer that is learned ends in no token that stops generation, as the chat template writes "
-                    f"{text[end : end + 20]!r} after it; use a template that ends every answer with such a token "
+                    f"{after} after it; use a template that ends every answer with such a token "
                     "(chat_template: chatml), or learn the last answer of a conversation only (mask_history: true)"
                 )
 
@@ -193,16 +174,16 @@ class ChatTemplate:
     ) -> Iterable[Event]:
         """What the conversation says and the text does not show. TemplateError where a tool or a call is not shown."""
         learned = "".join(found.text[start:end] for start, end in supervised)
-        yield from shown.tool_events(tools, found.text)
+        yield from shown.tool_events(tools, found.text, self.source)
         for i, message in enumerate(messages):
             turn = found.text[slice(*turns[i])] if i in turns else found.text
             yield from shown.content_events(message, turn, bool(found.opens[i] or found.closes[i]))
-            yield from shown.call_events(message, learned if message.supervised and not turns else turn)
-            yield from shown.markup_events(message.content, self.special, self._markup)
+            yield from shown.call_events(message, learned if message.supervised and not turns else turn, self.source)
+            yield from shown.markup_events(message.content, self.special, self._added, self.source)
             if i in turns:
                 # Some prompts open the thought, and only its end is learned.
                 before = found.text[: turns[i][0]][-_OPENING:] + turn.partition(message.content.strip() or "\0")[0]
-                yield from shown.thought_events(message, before)
+                yield from shown.thought_events(message, before, self.source)
         if any(message.tool_calls for message in messages) and rewrites_ids(messages, self._call_form):
             yield CALL_IDS
         yield from self._key_events(messages, tools, found.text)
@@ -219,7 +200,7 @@ class ChatTemplate:
             except TemplateError:
                 is_shown = True
             if not is_shown:
-                yield key_not_shown(key)
+                yield key_not_read(key)
                 continue
             values = [message.extra.get(key) for message in messages]
             if token := self.special.search(json.dumps(values, ensure_ascii=False)):
@@ -282,21 +263,22 @@ class ChatTemplate:
         return {i: text[a[0] : b[0]] for i, (a, b) in places.items() if len(a) == len(b) == 1 and a <= b}
 
     def _end(self, messages: Sequence[Message], found: Marked, i: int, start: int) -> int:
-        """Where the assistant turn of message i ends, its end-of-turn token included."""
-        content_end = _only(found.closes[i], messages, i) if messages[i].content else start
+        """Where the assistant turn of message i ends, its end-of-turn token included.
+
+        Where no such token follows, it ends with its content, or before the next content if it calls a tool;
+        `_check_stops` decides whether that can be learned.
+        """
+        calls = bool(messages[i].tool_calls)
+        content_end = start if calls and not found.closes[i] else _only(found.closes[i], messages, i)
         following = [place for places in found.opens[i + 1 :] for place in places if place >= content_end]
         limit = min(following, default=len(found.text))
-        end = found.text.find(self.end_of_turn, content_end, limit)
-        if end >= 0 and self.end_of_turn:
+        end = found.text.find(self.end_of_turn, content_end, limit) if self.end_of_turn else -1
+        if end >= 0:
             return end + len(self.end_of_turn)
-        end = (
-            found.text.rfind(self._call_stop, content_end, limit) if messages[i].tool_calls and self._call_stop else -1
-        )
+        end = found.text.rfind(self._call_stop, content_end, limit) if calls and self._call_stop else -1
         if end >= 0:
             return end + len(self._call_stop)
-        if (self.end_of_turn and not following) or not messages[i].content:
-            raise TemplateError(f"cannot tell where the turn of message {i + 1} ends in the rendered conversation")
-        return content_end
+        return limit if calls else content_end
 
     def _generation_spans(self, messages: Sequence[Message], found: Marked) -> list[Span]:
         """The template's own `{% generation %}` blocks, each with the end of turn that follows it."""
@@ -346,9 +328,3 @@ def _only(places: list[int], messages: Sequence[Message], i: int) -> int:
             "times, so the turns cannot be located"
         )
     return places[0]
-
-
-def shared_beginning(one: str, other: str) -> str:
-    """What two texts have in common before they differ."""
-    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:length]

@@ -1,6 +1,7 @@
 import copy
 import json
 from datetime import date
+from functools import cache
 
 import numpy as np
 import pytest
@@ -75,8 +76,9 @@ TEMPLATES = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def real_renderer(material, real_tokenizer):
+    @cache
     def build(name: str) -> Renderer:
         tokenizer, specials, *_ = TEMPLATES[name]
         path = str(material / "templates" / f"{name}.jinja")
@@ -351,9 +353,9 @@ def test_errors_name_the_example(byte_tokenizer, plain):
             ask(example)
     picky = Renderer(byte_tokenizer, "{{ raise_exception('too short') if messages|length > 2 }}" + CHATML)
     longer = conversation(*[(m.role, m.content) for m in example.messages], ("user", "r"), ("assistant", "b"))
-    with pytest.raises(ValueError, match=r"^f:1: TemplateError: too short"):
+    with pytest.raises(ValueError, match=r"^f:1: the chat template refuses this: too short"):
         picky.prompt(longer)
-    assert picky.encode([example, longer])[1] == BadRecord("f:1", "TemplateError: too short")
+    assert picky.encode([example, longer])[1] == BadRecord("f:1", "the chat template refuses this: too short")
     with pytest.raises(ValueError, match=r"^f:2: plain text has no prompt"):
         plain.prompt(Text("t", origin="f:2"))
 

@@ -24,9 +24,9 @@ def test_roles_and_keys_in_all_spellings():
 
 
 def test_content_in_parts_and_columns_that_hold_none():
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "value": " b"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "value": " b"}, " c"]
     answer = {"role": "assistant", "content": "c", "tool_calls": None, "weight": None, "from": None}
-    assert [m.content for m in parse_messages([*turns(("user", parts)), answer])] == ["a b", "c"]
+    assert [m.content for m in parse_messages([*turns(("user", parts)), answer])] == ["a b c", "c"]
 
 
 @pytest.mark.parametrize("key", ["weight", "loss_weight"])
@@ -55,6 +55,10 @@ def test_weights_choose_what_is_learned(key):
         ({"learn": False}, {"learn": None}),
         ({"supervised": False}, {"supervised": True}),
         ({"masked": 1}, {"masked": 0}),
+        ({"is_masked": True}, {"is_masked": ""}),
+        ({"loss_scale": 0.0}, {"loss_scale": 1.0}),
+        ({"Train": False}, {"LOSS": True}),
+        ({"no-loss": True}, {"ignore": False}),
     ],
 )
 def test_marks_of_other_trainers_choose_what_is_learned(no, yes):
@@ -64,7 +68,7 @@ def test_marks_of_other_trainers_choose_what_is_learned(no, yes):
     assert [message.supervised for message in messages] == [False, False, False, True]
     assert all(message.extra == {} for message in messages)
     for key, value in yes.items():
-        if value and key != "mask":
+        if value and key not in ("mask", "ignore"):
             with pytest.raises(ValueError, match=f"message 1: `{key}` is .* only assistant messages can be learned"):
                 parse_messages([{**given[0], key: value}, *given[1:]])
 
@@ -76,7 +80,7 @@ def test_marks_of_other_trainers_choose_what_is_learned(no, yes):
         ({"loss_mask": [0, 1]}, "`loss_mask` is .0, 1."),
         ({"train": "maybe"}, "`train` is 'maybe'"),
         ({"weight": 1, "train": False}, "`weight` and `train` contradict each other"),
-        ({"mask": True, "trainable": True}, "`trainable` and `mask` contradict each other"),
+        ({"mask": True, "trainable": True}, "`mask` and `trainable` contradict each other"),
     ],
 )
 def test_marks_that_say_nothing_clear(marks, reason):
@@ -85,7 +89,11 @@ def test_marks_that_say_nothing_clear(marks, reason):
 
 
 @pytest.mark.parametrize(
-    "key", ["reasoning", "reasoning_content", "thinking", "thought", "thoughts", "think", "reasoning_details"]
+    "key",
+    [
+        *("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "think", "reasoning_details"),
+        *("chain_of_thought", "thinking_blocks", "Reasoning", "reasoning-content"),
+    ],
 )
 def test_reasoning_in_a_key_is_refused_unless_it_is_empty(key):
     answer = {"role": "assistant", "content": "a"}

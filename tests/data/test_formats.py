@@ -149,7 +149,11 @@ def test_labelled_text_is_not_learned_without_its_labels(label):
 
 
 @pytest.mark.parametrize(
-    "about", [{"url": "x", "timestamp": "y"}, {"meta": {"set": "pile"}}, {"id": 1, "title": "t", "label": None}]
+    "about",
+    [
+        *({"url": "x", "timestamp": "y"}, {"meta": {"set": "pile"}}, {"id": 1, "title": "t", "label": None}),
+        *({"": "0"}, {"Unnamed: 0": "0"}, {"__index_level_0__": 0}),  # pandas' numbers of rows
+    ],
 )
 def test_text_with_columns_that_say_where_it_is_from_is_text(about):
     assert convert(records({"text": "t", **about}), chat=True).examples == [Text("t")]

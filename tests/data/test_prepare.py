@@ -233,7 +233,9 @@ def test_records_that_the_template_refuses_are_bad(byte_tokenizer, write):
     source = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     picky = Renderer(byte_tokenizer, "{{ raise_exception('too short') if messages[0].content == 'q' }}" + source)
     path = write("a.jsonl", ("q", "a"), ("question 2", "a"), ("q", "b"))
-    with pytest.raises(ValueError, match=rf"{path}:1: TemplateError: too short\n{path}:3: .*\n2 of 3 records are bad"):
+    with pytest.raises(
+        ValueError, match=rf"{path}:1: the chat template refuses this: too short\n{path}:3: .*\n2 of 3 records are bad"
+    ):
         prepare([spec(path)], picky, max_length=64)
     assert prepare([spec(path)], picky, max_length=64, on_bad_record="drop").report.sources[0].bad == 2
 
@@ -244,7 +246,7 @@ def test_strict_data(renderer, tmp_path):
         tmp_path / "a.jsonl", [{"messages": turns}, {"messages": [{**turns[0], "name": None}, turns[1]]}]
     )
     report = prepare([spec(path)], renderer, max_length=64).report
-    key, markup = "key `name` of a message is not shown by the chat template", "a content spells special tokens"
+    key, markup = "the chat template does not read the key `name` of a message", "a content spells special tokens"
     assert f"WARNING: 1 example: {key} (first: {path}:1)" in str(report)
     assert f"WARNING: 2 examples: {markup}" in str(report)
     with pytest.raises(ValueError, match=rf"`strict_data` is true[^\n]*\n{path}: 2 examples: {markup}.*\n{path}: 1 ex"):

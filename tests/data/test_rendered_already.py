@@ -2,6 +2,7 @@
 
 import copy
 from datetime import date
+from functools import cache
 
 import pytest
 
@@ -32,8 +33,9 @@ def render(renderer: Renderer, messages: list[dict], prompt: bool = False) -> st
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def build(material, real_tokenizer):
+    @cache
     def build(name: str) -> Renderer:
         tokenizer, specials, *_ = TEMPLATES[name]
         return Renderer(
@@ -69,6 +71,17 @@ def test_a_rendered_prompt_and_its_completion_are_not_wrapped_again(build, name)
         learned = renderer.tokenizer.decode(found.tokenized.tokens[found.tokenized.loss_mask])
         assert learned.strip() == ("Copper." + end).strip()
         assert RENDERED in found.events
+
+
+@pytest.mark.parametrize("template", ["Qwen3.5-4B", "chatml", "Qwen-Qwen3-0.6B"])
+def test_other_blanks_and_no_thought_are_the_same_markup(material, real_tokenizer, template):
+    """The template that rendered the text may be an older one of the same model."""
+    renderer = Renderer(real_tokenizer("qwen3"), str(material / "templates" / f"{template}.jinja"))
+    for blank in ("\n", "\n\n", ""):
+        text = f"<|im_start|>user\nhi<|im_end|>{blank}<|im_start|>assistant\nhello<|im_end|>{blank}"
+        found = one(renderer, text=text)
+        assert found.events == (RENDERED,)
+        assert found.tokenized.tokens.tolist() == renderer.tokenizer(text).input_ids
 
 
 def test_a_text_that_only_speaks_of_markup_is_read_as_letters(build):
@@ -157,3 +170,25 @@ def test_a_template_of_the_users_that_forgets_bos_is_told(real_tokenizer, caplog
     assert caplog.text == ""
     Renderer(real_tokenizer("llama2"), body)
     assert "the chat template does not begin with <s>, which the tokenizer puts before every text" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "template, tokenizer, markup",
+    [
+        ("Qwen-Qwen3-0.6B", "llama3_2", "<|im_start|>, <|im_end|>"),
+        ("google-gemma-2-2b-it", "qwen3", "<start_of_turn>, <end_of_turn>"),
+        ("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "llama3_2", "<｜User｜>, <｜Assistant｜>"),
+        ("Qwen-Qwen3-0.6B", "qwen3", None),
+        ("llama-2-chat", "llama2", None),
+        ("google-gemma-2-2b-it", "gemma2", None),
+        ("meta-llama-Llama-3.1-8B-Instruct", "llama3_2", None),
+    ],
+)
+def test_a_template_of_another_model_is_told(material, real_tokenizer, caplog, template, tokenizer, markup):
+    """Its borders of turns are many tokens of letters, so the answers are no longer what the model knows."""
+    Renderer(real_tokenizer(tokenizer), str(material / "templates" / f"{template}.jinja"))
+    words = f"the chat template writes {markup}, which this tokenizer has as letters" if markup else "as letters"
+    assert (words in caplog.text) is bool(markup)
+    caplog.clear()
+    Renderer(real_tokenizer(tokenizer), "chatml")
+    assert caplog.text == ""

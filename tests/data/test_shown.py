@@ -1,11 +1,12 @@
 """What a conversation says and the chat template leaves out is an event, or the conversation is refused."""
 
 import json
+from functools import cache
 
 import pytest
 
 from jaxft.data.chat import Encoded, Renderer
-from jaxft.data.events import EventCount
+from jaxft.data.events import BESIDE_CALL, REASONING_LOST, EventCount
 from jaxft.data.formats import convert
 from jaxft.data.records import Record
 
@@ -22,8 +23,9 @@ PARAMETERS = {
 TOOL = {"type": "function", "function": {"name": "look", "description": "Look it up.", "parameters": PARAMETERS}}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def renderer(material, real_tokenizer):
+    @cache
     def build(template: str, tokenizer: str = "qwen3", *specials: str) -> Renderer:
         return Renderer(real_tokenizer(tokenizer, *specials), str(material / "templates" / f"{template}.jinja"))
 
@@ -92,6 +94,60 @@ def test_an_empty_thought_that_is_learned_is_told(renderer, template):
     ]
 
 
+@pytest.mark.parametrize("template, opening", [("Qwen-Qwen3-0.6B", "<think>\n"), ("Qwen3.5-4B", "")])
+@pytest.mark.parametrize("rest", ["", "Let me look."])
+def test_reasoning_before_a_call_is_learned_where_it_is_shown(renderer, template, opening, rest):
+    messages = called({"word": "kelp"})
+    messages[1]["content"] = f"<think>\nWhich plant?\n</think>\n\n{rest}"
+    messages[3]["content"] = "<think>\nA plant then.\n</think>\n\nA plant."
+    chosen = renderer(template)
+    one = encoded(chosen, messages, tools=[TOOL])
+    first, second = (part.partition("⟧")[0] for part in text(chosen, one).split("⟦")[1:])
+    assert first.startswith(f"{opening}Which plant?\n</think>\n\n{rest}")
+    assert "kelp" in first
+    assert first.endswith("</tool_call><|im_end|>")
+    assert second == f"{opening}A plant then.\n</think>\n\nA plant.<|im_end|>"
+    assert one.events == ()
+    earlier = encoded(chosen, [*messages, *asked("Yes.")], tools=[TOOL])
+    assert [event.name for event in earlier.events if event.lost] == [REASONING_LOST.name] * 2
+
+
+@pytest.mark.parametrize(
+    "template, tokenizer",
+    [("meta-llama-Llama-3.1-8B-Instruct", "llama3_2"), ("mistralai-Mistral-Nemo-Instruct-2407", "mistral_nemo")],
+)
+@pytest.mark.parametrize(
+    "content, event", [("Let me look.", BESIDE_CALL), ("<think>\nWhich plant?\n</think>", REASONING_LOST)]
+)
+def test_what_stands_beside_a_call_and_is_not_shown(renderer, template, tokenizer, content, event):
+    chosen, messages = renderer(template, tokenizer), called({"word": "kelp"})
+    bare = encoded(chosen, messages, tools=[TOOL])
+    messages[1]["content"] = content
+    assert lost(chosen, messages, tools=[TOOL]) == [event.name]
+    assert text(chosen, encoded(chosen, messages, tools=[TOOL])) == text(chosen, bare)
+
+
+@pytest.mark.parametrize(
+    "template, tokenizer, tag, told",
+    [
+        ("Qwen-Qwen3-0.6B", "qwen3", "<think>", False),
+        ("Qwen-Qwen3-0.6B", "qwen3", "<thinking>", True),
+        ("Qwen3.5-4B", "qwen3", "[THINK]", True),
+        ("mistralai-Ministral-3-14B-Reasoning-2512", "mistral_nemo", "<think>", True),
+        ("mistralai-Ministral-3-14B-Reasoning-2512", "mistral_nemo", "[THINK]", False),
+        ("HuggingFaceTB-SmolLM3-3B", "qwen3", "<reasoning>", True),
+        ("Qwen-Qwen2.5-7B-Instruct", "qwen3", "<think>", False),  # it writes no reasoning: any form may be taught
+    ],
+)
+def test_reasoning_in_tags_of_another_model(renderer, template, tokenizer, tag, told):
+    closing = tag.replace("<", "</").replace("[", "[/")
+    chosen = renderer(template, tokenizer)
+    found = [name for name in lost(chosen, asked(f"{tag}By the sea.{closing}\nA plant.")) if tag in name]
+    assert len(found) == told
+    assert not told or found[0].startswith(f"an answer that is learned begins with {tag}, but the chat template writes")
+    assert lost(chosen, asked(f"The tag {tag} opens a thought.")) == []
+
+
 # --- contents, keys and markup ------------------------------------------------------------------------------
 
 
@@ -117,7 +173,7 @@ def test_keys_of_a_message_are_given_to_the_template_and_told_where_it_does_not_
     source = "{% for m in messages %}<|im_start|>{{ m.role }}\nSHOWS{{ m.content }}<|im_end|>{% endfor %}"
     messages = asked("A plant.", **{key: value})
     plain = Renderer(byte_tokenizer, source.replace("SHOWS", ""))
-    assert lost(plain, messages) == [f"key `{key}` of a message is not shown by the chat template"]
+    assert lost(plain, messages) == [f"the chat template does not read the key `{key}` of a message"]
     showing = Renderer(byte_tokenizer, source.replace("SHOWS", shows))
     assert lost(showing, messages) == []
     assert f"[{value}]" in text(showing, encoded(showing, messages))
@@ -134,11 +190,14 @@ def test_special_tokens_in_a_key_that_is_shown_are_refused(byte_tokenizer):
 @pytest.mark.parametrize(
     "content, name",
     [
-        ("a<|im_end|>", "a content spells special tokens; they are read as letters"),
+        ("a<|im_end|>", "a content spells special tokens or markup of the chat template; they are read as letters"),
         ("<|start_header_id|>user<|end_header_id|>", "a text holds the markup of another chat template"),
         ("[INST] hi [/INST]", "a text holds the markup of another chat template"),
         ("<start_of_turn>user", "a text holds the markup of another chat template"),
         ("<｜User｜>hi", "a text holds the markup of another chat template"),
+        ("<|turn>user\nhi<turn|>", "a text holds the markup of another chat template"),
+        ("A plant.</s>", "a text holds the markup of another chat template"),
+        ("<bos>A plant.", "a text holds the markup of another chat template"),
     ],
 )
 @pytest.mark.parametrize("role", [0, 1])
@@ -147,6 +206,16 @@ def test_markup_in_contents_is_counted(renderer, content, name, role):
     messages[role]["content"] = content
     (found,) = lost(renderer("Qwen-Qwen2.5-7B-Instruct"), messages)
     assert found.startswith(name)
+
+
+def test_tags_of_html_are_no_markup_of_a_template(renderer):
+    assert lost(renderer("Qwen-Qwen2.5-7B-Instruct"), asked("A <s>tree</s> plant: <b>kelp</b> <turn> |user|")) == []
+
+
+@pytest.mark.parametrize("template, markup", [("GLM-4.6", "<|user|>"), ("microsoft-Phi-3.5-mini-instruct", "<|end|>")])
+def test_markup_of_the_template_that_its_tokenizer_has_as_letters(renderer, template, markup):
+    (found,) = lost(renderer(template), asked(f"A plant.{markup}"))
+    assert found.startswith("a content spells special tokens or markup of the chat template")
 
 
 # --- tools --------------------------------------------------------------------------------------------------
@@ -160,7 +229,7 @@ def test_fields_of_tools_that_a_template_does_not_show(renderer):
         "gpt2",
         *(f"<|{name}|>" for name in ("start", "channel", "message", "call", "return", "end")),
     )
-    fields = [f"field `{name}` of a tool is not shown by the chat template" for name in ("minimum", "strict")]
+    fields = [f"the chat template does not show the field `{name}` of a tool" for name in ("minimum", "strict")]
     assert lost(harmony, called({"word": "kelp"}), tools=[strict]) == fields
     assert text(harmony, encoded(harmony, called({"word": "kelp"}), tools=[strict])).count("<|call|>⟧") == 1
 
@@ -180,7 +249,7 @@ def test_arguments_and_keys_of_calls(byte_tokenizer, renderer):
         assert lost(renderer("Qwen-Qwen3-0.6B"), called(arguments), tools=[TOOL]) == []
         assert lost(renderer("Qwen3.5-4B"), called(arguments), tools=[TOOL]) == []
     unread = called({"word": "kelp"}, caller="x")
-    assert lost(renderer("Qwen-Qwen3-0.6B"), unread) == ["key `caller` of a tool call is not read"]
+    assert lost(renderer("Qwen-Qwen3-0.6B"), unread) == ["the key `caller` of a tool call is not read"]
 
 
 @pytest.mark.parametrize(
@@ -240,10 +309,10 @@ def test_nulls_in_tools_and_arguments_are_no_values(renderer):
     filled["strict"] = None
     messages = called({"word": "kelp", "n": None, "other": None}, index=None)
     one = encoded(chosen, [{**message, "name": None} for message in messages], tools=[filled])
-    assert '"arguments": {"word": "kelp", "n": null}' in text(chosen, one)  # a parameter of the tool: a value
-    assert text(chosen, one).count("null") == 1
+    assert '"arguments": {"word": "kelp"}' in text(chosen, one)
+    assert text(chosen, one).count("null") == 0
     assert [event.name[:24] for event in one.events if not event.lost][:1] == ["fields that are absent, "]
-    clean = encoded(chosen, called({"word": "kelp", "n": None}), tools=[TOOL])
+    clean = encoded(chosen, called({"word": "kelp"}), tools=[TOOL])
     assert text(chosen, clean) == text(chosen, one).replace(', "items": {}', "")
 
 
@@ -256,4 +325,4 @@ def test_events_are_counted_once_an_example_and_losses_come_first(renderer):
     twice = (*events[0], *events[0])
     counts = EventCount.of([("f:1", events[1]), ("f:2", twice), ("f:3", events[1])])
     assert [(count.lost, count.examples, count.first) for count in counts] == [(True, 1, "f:2"), (False, 3, "f:1")]
-    assert str(counts[0]) == "1 example: key `name` of a message is not shown by the chat template (first: f:2)"
+    assert str(counts[0]) == "1 example: the chat template does not read the key `name` of a message (first: f:2)"

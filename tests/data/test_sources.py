@@ -220,7 +220,7 @@ def test_parse_json_is_strict():
         "NaN": "NaN is not JSON",
         "[-Infinity]": "-Infinity is not JSON",
         '{"a": 1, "a": 1}': "key 'a' is there twice",
-        "1 2": "more after the end of the value, from column 2 on",
+        "1 2": "more after the end of the value, from column 3 on",
         "": "Expecting value",
         "{'a': 1}": "Expecting property name",
     }.items():

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from jaxft.data.conversations import Message, parse_messages
+from jaxft.data.events import FILLED_NULLS, RESULT_OF_NO_CALL
 from jaxft.data.tool_calls import parse_tools
 
 
@@ -39,6 +40,23 @@ def test_several_calls_are_answered_in_order_unless_the_results_say_otherwise():
     assert [message.tool_call_id for message in messages[2:]] == ["two", "one", "three"]
 
 
+def test_results_that_name_no_call_are_given_to_the_first_that_waits():
+    calls = [{"id": "a", "function": {"name": "f"}}, {"id": "b", "function": {"name": "f"}}]
+    without = [{"function": {"name": "f"}}] * 2
+    for given, results, expected, told in [
+        (calls, ["x", "a"], ["a", "b"], 2),  # the first took the call of the second
+        (calls, ["a", "a"], ["a", "b"], 1),
+        (calls, ["b", "y"], ["b", "a"], 1),
+        (calls, ["b", "a"], ["b", "a"], 0),
+        (without, ["x", "y"], ["call00000", "call00001"], 0),  # the calls have no ids: their order is meant
+        ([calls[0], calls[0]], ["a", "a"], ["a", "a"], 0),
+    ]:
+        asked = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": given}]
+        messages = parse_messages([*asked, *({"role": "tool", "content": "r", "tool_call_id": id} for id in results)])
+        assert [message.tool_call_id for message in messages[2:]] == expected
+        assert sum(message.events.count(RESULT_OF_NO_CALL) for message in messages) == told
+
+
 @pytest.mark.parametrize(
     "call, reason",
     [
@@ -61,6 +79,52 @@ def test_calls_by_others_and_calls_that_are_no_json():
         parse_messages([{"from": "human", "value": "q"}, {"from": "function_call", "value": "add(1)"}])
 
 
+@pytest.mark.parametrize(
+    "schema, kept",
+    [
+        ({"anyOf": [{"type": "string"}, {"type": "null"}], "default": None}, True),  # as pydantic writes Optional
+        ({"type": ["integer", "null"], "default": None}, True),
+        ({"oneOf": [{"type": "null"}], "default": None}, True),
+        ({"const": None}, True),
+        ({"type": "string", "default": None}, False),  # as Arrow fills it in
+        ({"anyOf": None, "type": "string", "default": None, "enum": None}, False),
+    ],
+)
+def test_a_null_that_a_schema_means_stays(schema, kept):
+    (tool,), events = parse_tools([{"name": "f", "parameters": {"properties": {"x": schema}}}])
+    found = tool["function"]["parameters"]["properties"]["x"]
+    assert found == (schema if kept else {"type": "string"})
+    assert (events == ()) is kept
+
+
+PLACE = {"type": "object", "properties": {"city": {"type": "string"}, "zip": {"type": ["string", "null"]}}}
+
+
+@pytest.mark.parametrize(
+    "given, kept",
+    [
+        ({"n": None, "word": "kelp"}, {"word": "kelp"}),  # optional, and no null: left out by its writer
+        ({"word": None}, {"word": None}),  # required: it was written
+        ({"word": "a", "any": None, "other": None}, {"word": "a", "any": None}),
+        ({"word": "a", "place": {"city": None, "zip": None, "x": None}}, {"word": "a", "place": {"zip": None}}),
+        ({"word": "a", "places": [{"city": "b", "x": None}, None]}, {"word": "a", "places": [{"city": "b"}, None]}),
+        ({"word": "a", "free": {"x": None}}, {"word": "a", "free": {"x": None}}),
+    ],
+)
+def test_nulls_in_arguments_are_what_the_schema_makes_of_them(given, kept):
+    word, free = {"type": "string"}, {"type": "object"}
+    properties = {"word": word, "n": {"type": "integer"}, "any": {}, "place": PLACE, "free": free}
+    properties["places"] = {"type": "array", "items": PLACE}
+    tool = {"name": "f", "parameters": {"type": "object", "properties": properties, "required": ["word"]}}
+    for arguments in (given, json.dumps(given)):
+        for tools, expected in (((tool,), kept), ((), given)):
+            turns = [{"role": "user", "content": "q"}]
+            turns += [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+            message = parse_messages(turns, parse_tools(list(tools))[0])[1]
+            assert message.tool_calls[0]["function"]["arguments"] == expected
+            assert (FILLED_NULLS in message.events) == (expected != given)
+
+
 def test_tools():
     function = {"name": "add", "parameters": {}}
     wrapped = {"type": "function", "function": function}
@@ -78,7 +142,7 @@ def test_tools():
         {"name": ["add"], "parameters": [{}]},
     ):
         assert parse_tools(given)[0] == (wrapped,)
-    assert parse_tools(None) == parse_tools("[]") == parse_tools("") == ((), ())
+    assert all(parse_tools(nothing) == ((), ()) for nothing in (None, "[]", "", "null"))
     for bad, reason in [
         ("{", "not JSON"),
         (7, "must be a list"),

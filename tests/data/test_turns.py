@@ -3,7 +3,7 @@ from datetime import date
 
 import pytest
 
-from jaxft.data.conversations import Conversation, parse_messages
+from jaxft.data.conversations import Conversation, parse_messages, with_last_answer
 from jaxft.data.template_process import TemplateError
 from jaxft.data.turns import ChatTemplate
 
@@ -178,7 +178,7 @@ def test_private_use_characters_in_the_contents():
         ("{{ m.content | length }}</s>", "does not show the assistant's answer|changes the contents"),
         (
             "{{ m.content }}{% if not loop.last or messages | length == 2 %}</s>{% endif %}",
-            "where the turn of message 4 ends",
+            "ends in no token that stops generation, as the chat template writes nothing after it",
         ),
         (
             "{{ raise_exception('no system role') if m.role == 'system' }}{{ m.content }}</s>",
@@ -227,6 +227,58 @@ def test_tools_and_calls_must_show():
         learned(tools + CHATML + PROMPT, CALLS, *IM)
     with pytest.raises(TemplateError, match=r"does not show the call of 'add'"):
         learned(tools + GENERATION, CALLS, *IM)
+    by_accident = replace(CALLS, messages=(replace(CALLS.messages[0], content="Please add."), *CALLS.messages[1:]))
+    with pytest.raises(TemplateError, match=r"does not show the tool 'add'"):
+        learned(whole.removeprefix(tools), by_accident, *IM)
+    beside = replace(CALLS.messages[1], content="I add.")
+    with pytest.raises(TemplateError, match=r"does not show the call of 'add'"):
+        learned(tools + CHATML, replace(CALLS, messages=(CALLS.messages[0], beside, *CALLS.messages[2:])), *IM)
+
+
+def test_a_call_whose_turn_has_no_end_may_be_part_of_the_prompt():
+    """Only what is learned must end in a token that stops generation."""
+    body = "[{{ m.role }}]{{ m.content or '' }}{{ m.tool_calls | tojson if m.tool_calls }}"
+    source = "{{ tools | tojson }}{% for m in messages %}" + body + "{% endfor %}"
+    with pytest.raises(TemplateError, match="no token that stops generation, as the chat template writes '2"):
+        learned(source, CALLS)
+    assert learned(source, with_last_answer(CALLS)) == ["[assistant]two"]
+
+
+@pytest.mark.parametrize(
+    "end, call_end, stops",
+    [
+        ("<|end|>", "</call></calls><|end|>", {"<|end|>"}),  # tokens before the end of turn are part of the call
+        ("<|end|>", "<|call|>", {"<|end|>", "<|call|>"}),
+        ("\n<|end|>", "</call>\n<|end|>", {"<|end|>"}),
+        ("", "<|call|>", {"<|call|>"}),
+    ],
+)
+def test_the_tokens_that_stop_generation(end, call_end, stops):
+    call = "{{ m.tool_calls[0].function.arguments | tojson + call_end if m.tool_calls else m.content + end }}"
+    source = "{% for m in messages %}{{ m.role }}:" + call + "{% endfor %}"
+    tokens = ["<|end|>", "<|call|>", "</call>", "</calls>"]
+    found = ChatTemplate(source, {"end": end, "call_end": call_end}, tokens, date(2024, 7, 26), 20.0)
+    assert found.stops == stops
+
+
+def test_every_one_of_several_calls_must_show():
+    one = {"function": {"name": "add", "arguments": {"x": 1}}}
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "tool_calls": [one, one]}]
+    turns += [{"role": "tool", "content": "2"}, {"role": "tool", "content": "2"}]
+    twice = Conversation(parse_messages([*turns, {"role": "assistant", "content": "two"}]))
+    every = TURN.replace("m.content", "(m.tool_calls | tojson if m.tool_calls else m.content)")
+    assert "add" in learned("{% for m in messages %}" + every + "{% endfor %}", twice, *IM)[0]
+    first = every.replace("m.tool_calls | tojson", "m.tool_calls[0] | tojson")
+    with pytest.raises(TemplateError, match="does not show every call of 'add'"):
+        learned("{% for m in messages %}" + first + "{% endfor %}", twice, *IM)
+
+
+@pytest.mark.parametrize("blank", ["\n", "\n\n", " "])
+def test_a_blank_that_is_one_token_stops_nothing(blank):
+    source = "{% for m in messages %}[{{ m.role }}]{{ m.content + '" + blank.replace("\n", "\\n") + "' }}{% endfor %}"
+    found = ChatTemplate(source, {}, (), date(2024, 7, 26), 20.0, [blank, "<b>"])
+    assert found.stops == set()
+    assert found.render(with_last_answer(TWO)).add_eos
 
 
 def test_special_tokens_where_they_cannot_be_told_from_the_templates_own():
