@@ -1,9 +1,8 @@
 """Checkpoints that come back bit for bit, or say why they cannot.
 
 Orbax writes a step into a temporary directory and renames it when it is whole. A step has two items.
-`state` is every array of the train state under its dotted name. `manifest` is the dtype, shape and digest
-(`jaxft.training.digest`) of each, the run's progress, and a SHA-256 of the manifest itself. What does not match its
-manifest is damaged and never used: a run goes on from the newest intact step.
+`state` is every array of the train state under its dotted name. `manifest` describes them (`jaxft.training.manifest`).
+What does not match its manifest is damaged and never used: a run goes on from the newest intact step.
 
 No host needs to hold an array whole: each process writes the parts on its devices, and reads those that the template
 puts there, so mesh and number of processes may change in between. All processes of a run make the same calls, and
@@ -14,8 +13,6 @@ what a killed process left half written or half deleted.
 """
 
 import functools
-import hashlib
-import json
 import logging
 import shutil
 import sys
@@ -29,7 +26,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxft.sharding import hosts
-from jaxft.training.digest import Digest, digests
+from jaxft.training.digest import digests
+from jaxft.training.manifest import (
+    describe,
+    differences,
+    digest_of_result,
+    named,
+    read_manifest,
+    sealed,
+    state_digest,
+)
 from jaxft.training.state import Trained, TrainState
 
 logger = logging.getLogger(__name__)
@@ -40,7 +46,6 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pa
 _OVERHEAD = 1 << 20  # bytes of a checkpoint beside its arrays, generously
 _OUTDATED = "outdated"  # directory of steps being deleted
 _LISTED = 5  # differences named in one message
-_RESULT = ("trained.", "optimizer.")  # the arrays of a state that are its result; the others count
 
 
 class CheckpointError(ValueError):
@@ -146,7 +151,7 @@ class Checkpoints:
         self._require_directory()
         if (there := self.steps()) and there[-1] >= step:
             raise CheckpointError(f"{self.directory}: cannot save step {step} after step {there[-1]}")
-        arrays = _named(state)
+        arrays = named(state)
         found = digests(arrays)
         for name, digest in found.items():
             if not digest.finite:
@@ -154,15 +159,15 @@ class Checkpoints:
         self._delete(self._damaged)  # nothing can be read from them, and their steps come again
         self._damaged = []
         self._require_space(step, sum(array.nbytes for array in arrays.values()))
-        described = _describe(arrays, found)
+        described = describe(arrays, found)
         manifest = {"step": step, "best": keep_as_best, "progress": progress, "arrays": described}
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(_sealed(manifest)))
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(sealed(manifest)))
         try:
             self._manager.save(step, args=items, force=True)
         except Exception as error:
             raise self._failure(step, error) from error
         self._pending = step
-        self._saved = step, _digest_of_result(described)
+        self._saved = step, digest_of_result(described)
 
     def digest_of(self, step: int, state: TrainState) -> str:
         """`state_digest` of the state after `step`, which was computed when it was saved."""
@@ -248,7 +253,7 @@ class Checkpoints:
 
     def _restore(self, template: TrainState, step: int) -> Restored:
         manifest = self._manifest(step)
-        arrays = self._intact(step, manifest["arrays"], _named(template))
+        arrays = self._intact(step, manifest["arrays"], named(template))
         state = jax.tree.unflatten(jax.tree.structure(template), list(arrays.values()))
         return Restored(step, state, manifest["progress"])
 
@@ -256,14 +261,14 @@ class Checkpoints:
         self, step: int, recorded: dict[str, dict[str, Any]], wanted: dict[str, jax.Array]
     ) -> dict[str, jax.Array]:
         """The arrays wanted, after comparing them with what is recorded of them."""
-        if differences := list(_differences(recorded, wanted)):
-            listed = "".join(f"\n  {line}" for line in differences[:_LISTED])
-            more = f"\n  and {len(differences) - _LISTED} more" if len(differences) > _LISTED else ""
+        if differing := differences(recorded, wanted):
+            listed = "".join(f"\n  {line}" for line in differing[:_LISTED])
+            more = f"\n  and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
             raise CheckpointError(f"{self._path(step)} is not of this model and optimizer:{listed}{more}")
         arrays, fault = self._read(step, wanted)
         if faults := list(filter(None, hosts.exchange(fault))):
             raise DamagedCheckpointError(f"{self._path(step)} is damaged: {faults[0]}")
-        found = _describe(arrays, digests(arrays))
+        found = describe(arrays, digests(arrays))
         if changed := [name for name in recorded if found[name] != recorded[name]]:
             raise DamagedCheckpointError(
                 f"{self._path(step)} is damaged: {changed[0]} does not match its digest"
@@ -272,23 +277,10 @@ class Checkpoints:
         return arrays
 
     def _manifest(self, step: int) -> dict[str, Any]:
-        body, fault = hosts.share(lambda: self._read_manifest(step))
+        body, fault = hosts.share(lambda: read_manifest(self._path(step) / "manifest" / "metadata", step))
         if fault:
             raise DamagedCheckpointError(f"{self._path(step)} is damaged: {fault}")
         return body
-
-    def _read_manifest(self, step: int) -> tuple[dict[str, Any], str | None]:
-        """The manifest without its SHA-256, or what is wrong with it."""
-        try:
-            body = json.loads((self._path(step) / "manifest" / "metadata").read_bytes())
-            recorded = body.pop("sha256", None)
-        except (OSError, ValueError, AttributeError) as error:
-            return {}, f"its manifest cannot be read: {error}"
-        if recorded != _sha256_of_json(body):
-            return {}, "its manifest does not match its SHA-256"
-        if body["step"] != step:
-            return {}, f"it holds step {body['step']}"
-        return body, None
 
     def _read(self, step: int, wanted: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], str | None]:
         """The arrays as those of the template lie, or why this process cannot read them."""
@@ -348,61 +340,11 @@ def _hush_closed_loops() -> None:
     sys.unraisablehook = hook
 
 
-def state_digest(state: TrainState) -> str:
-    """SHA-256 of names, dtypes, shapes and digests of the trained parameters and of the optimizer state.
-
-    Equal states have equal digests, however they are sharded and ordered. Processes call it together.
-    """
-    result = {name: array for name, array in _named(state).items() if name.startswith(_RESULT)}
-    return _digest_of_result(_describe(result, digests(result)))
-
-
-def _digest_of_result(described: dict[str, dict[str, Any]]) -> str:
-    return _sha256_of_json({name: array for name, array in described.items() if name.startswith(_RESULT)})
-
-
-def _named(state: TrainState) -> dict[str, jax.Array]:
-    """Dotted name -> leaf, in the order of the leaves."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    assert len(named) == len(leaves), "two leaves of one name"
-    return named
-
-
-def _describe(arrays: dict[str, jax.Array], found: dict[str, Digest]) -> dict[str, dict[str, Any]]:
-    """What a manifest says of arrays, by name."""
-    return {
-        name: {"dtype": str(array.dtype), "shape": list(array.shape), "digest": found[name].sums}
-        for name, array in arrays.items()
-    }
-
-
-def _differences(recorded: dict[str, dict[str, Any]], wanted: dict[str, jax.Array]) -> list[str]:
-    """A line per array that the checkpoint and the template do not share."""
-    ours = {name: f"{array.dtype} {list(array.shape)}" for name, array in wanted.items()}
-    theirs = {name: f"{array['dtype']} {array['shape']}" for name, array in recorded.items()}
-    return [
-        f"{name}: {theirs.get(name, 'missing')} in the checkpoint, {ours.get(name, 'missing')} in the run"
-        for name in {**ours, **theirs}
-        if theirs.get(name) != ours.get(name)
-    ]
-
-
 def _restore_args(like: jax.Array) -> ocp.RestoreArgs:
     """On the devices of `like`; on the host where it was not bound to any."""
     if not like.committed:
         return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.ArrayRestoreArgs(sharding=like.sharding, global_shape=like.shape, dtype=like.dtype)
-
-
-def _sealed(body: dict[str, Any]) -> dict[str, Any]:
-    """The body as JSON returns it, with its SHA-256."""
-    body = json.loads(json.dumps(body))
-    return {**body, "sha256": _sha256_of_json(body)}
-
-
-def _sha256_of_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _reason(error: Exception) -> str:
