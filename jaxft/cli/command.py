@@ -20,6 +20,7 @@ from jaxft.hub.digests import check_digests
 from jaxft.hub.load import eos_token_ids, load_model
 from jaxft.hub.model_files import companions_of
 from jaxft.hub.tokenizer_files import SETTINGS, TEXT_EOS
+from jaxft.limits import NoMemoryError, is_without_memory, memory_limit
 from jaxft.models.decoder import Decoder
 from jaxft.paths import local_path
 from jaxft.platform import devices_needed, prepared
@@ -27,6 +28,8 @@ from jaxft.quantization.formats import parse_format
 from jaxft.sharding import hosts
 from jaxft.sharding.mesh import make_mesh
 from jaxft.training.stopping import Left, leaving
+
+_NO_DEVICE_MEMORY = "RESOURCE_EXHAUSTED: "  # how XLA begins to say it
 
 
 def exit_code(action: Callable[[], int | None]) -> int:
@@ -48,11 +51,26 @@ def exit_code(action: Callable[[], int | None]) -> int:
     except Left as left:
         return _failed(left.word, left.code)
     except (ValueError, OSError) as error:
-        return _failed(f"error: {error}", 2)
-    except Exception:
+        return _failed(f"error: {_told(error)}", 2)
+    except Exception as error:
+        if is_without_memory(error):
+            return _failed(f"error: {_told(error)}", 2)
+        if str(error).startswith(_NO_DEVICE_MEMORY):
+            reason = str(error).splitlines()[0].removeprefix(_NO_DEVICE_MEMORY).rstrip(".")
+            advice = "scripts/plan.py finds settings with which a run fits"
+            return _failed(f"error: no memory left on a device: {reason}; {advice}", 1)
         if hosts.count() == 1:
             raise
         return _failed(traceback.format_exc(), 1)
+
+
+def _told(error: Exception) -> str:
+    """An error in words: those of the system come with a number, or, where memory is short, with nothing."""
+    if is_without_memory(error) and not isinstance(error, NoMemoryError):
+        return f"no memory left{f' ({error})' if str(error) else ''}: {memory_limit()}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 def local(text: str) -> str:

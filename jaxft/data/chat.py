@@ -37,6 +37,7 @@ from jaxft.data.template_process import OUTPUT_LIMIT, OutputLimitError, StoppedE
 from jaxft.data.templates import find_template, own_templates
 from jaxft.data.tokenized import Tokenized
 from jaxft.data.turns import ChatTemplate, Rendered
+from jaxft.limits import NoMemoryError, memory_for
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,10 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         ValueError: there is none, or it is damaged.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        with memory_for(directory):
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except NoMemoryError:
+        raise
     except Exception as error:  # a damaged file makes it raise nearly anything
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:

@@ -16,6 +16,7 @@ import jinja2
 
 from jaxft.data.prepare import Report as DataReport
 from jaxft.evaluation.chart import Chart, Points, lowest, make_chart
+from jaxft.limits import writing
 from jaxft.models.count import ParameterCount
 
 
@@ -68,6 +69,9 @@ def write_report(
     Args:
       records: lines of metrics.jsonl in any order. Of two lines with the same metric and step the later one
         holds, as after resuming from a checkpoint. "NaN" and the like may stand as strings.
+
+    Raises:
+      OSError: it cannot be written; names the file, and says what is lost and what is not.
     """
     curves = {key: _points(records, key) for key in ("loss", "eval_loss", "tokens", *_SMALL_CHARTS)}
     loss = _loss_chart(curves, _last_step(records))
@@ -91,8 +95,12 @@ def write_report(
     )
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-    partial.replace(path)
+    try:
+        with writing(path, "; what was trained is complete, and resume_from_checkpoint: true writes the report alone"):
+            partial.write_text(page, encoding="utf-8", errors="backslashreplace")
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class _Fact(NamedTuple):

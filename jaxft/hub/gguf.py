@@ -22,6 +22,7 @@ import numpy as np
 from jaxft.hub.encoded import Encoded
 from jaxft.hub.prequantized import Prequantized
 from jaxft.hub.safetensors import SafetensorsError, TensorInfo, no_such_tensor
+from jaxft.limits import memory_for
 
 ROPE_FACTORS = "rope_freqs.weight"
 """Divisors of the rotary frequencies; part of the config, not of the weights."""
@@ -106,7 +107,7 @@ class GgufFile:
             begin = int(tensor.data_offset)
             info = TensorInfo(tensor.data.dtype, tensor.data.shape, begin, begin + int(tensor.n_bytes))
             self.tensors[tensor.name], self.types[tensor.name] = info, tensor.tensor_type
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, memory_for(path):
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def names(self) -> tuple[str, ...]:
@@ -288,7 +289,8 @@ def _read_header(path: Path, size: int, modified: int) -> Any:
     except ImportError:
         raise ValueError(f"{path}: reading it needs the package gguf; run: pip install 'jaxft[gguf]'") from None
     try:
-        reader = gguf.GGUFReader(path)
+        with memory_for(path):
+            reader = gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError, OverflowError) as error:
         raise ValueError(f"{path}: not a GGUF file, or a damaged one; download it again ({error})") from error
     end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)

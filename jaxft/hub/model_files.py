@@ -13,6 +13,7 @@ from jaxft.hub.encoded import Files
 from jaxft.hub.gguf import GgufFile, open_gguf, read_gguf_config
 from jaxft.hub.prequantized import Weights, open_directory
 from jaxft.hub.resolve import is_gguf
+from jaxft.limits import memory_for
 
 BELONGS_TO = {"config.json": "a model", "adapter_config.json": "a PEFT adapter"}
 """What a directory holds that has such a file."""
@@ -58,7 +59,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: the file is missing, is not JSON, or is not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with memory_for(path):
+            value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         owner = BELONGS_TO.get(path.name)
         reason = f"; {path.parent} is not the directory of {owner}" if owner else ""

@@ -25,6 +25,8 @@ from typing import Any, Self
 import ml_dtypes
 import numpy as np
 
+from jaxft.limits import memory_for
+
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
         "F64": np.dtype(np.float64),
@@ -93,7 +95,8 @@ class SafetensorsFile:
                 self.tensors, self.metadata = parse_header(header, size)
             except SafetensorsError as error:
                 raise SafetensorsError(f"{self.path}: {error}") from None
-            self._map: mmap.mmap | None = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            with memory_for(self.path):
+                self._map: mmap.mmap | None = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
 
     def __enter__(self) -> Self:
         return self

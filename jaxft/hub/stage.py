@@ -5,7 +5,6 @@ While its process lives it holds a lock on it, which the kernel releases when th
 a lock is what a killed process left, and whoever next writes to the same place removes it.
 """
 
-import errno
 import fcntl
 import os
 import re
@@ -16,8 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jaxft.hub.safetensors_writer import sync_directory
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+from jaxft.limits import is_full, write_error
 
 
 @contextmanager
@@ -74,8 +72,8 @@ def _temporary(parent: Path, prefix: str, output: Path) -> Iterator[Path]:
     try:
         yield stage
     except OSError as error:
-        if error.errno in _FULL:
-            raise OSError(error.errno, f"{output} could not be written: {error.strerror}") from error
+        if is_full(error):
+            raise OSError(error.errno, f"{output} could not be written: {write_error(error)}") from error
         raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # what cannot be removed now is removed by `clear_stale`

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
+from jaxft.limits import NoMemoryError, memory_for
 from jaxft.models.config import DecoderConfig
 from jaxft.models.families import FAMILIES
 
@@ -39,7 +40,10 @@ def decoder_config(raw: dict[str, Any]) -> DecoderConfig:
         if isinstance(raw.get(key), int) and raw[key] < 1:
             raise ValueError(f"config.json: {key} is {raw[key]}; it must be 1 or more")
     try:
-        hf = CONFIG_MAPPING[model_type].from_dict({k: v for k, v in raw.items() if k != "quantization_config"})
+        with memory_for("config.json"):
+            hf = CONFIG_MAPPING[model_type].from_dict({k: v for k, v in raw.items() if k != "quantization_config"})
+    except NoMemoryError:
+        raise
     except Exception as error:  # every check of transformers has an exception of its own
         raise ValueError(f"config.json: {_reason(error)}") from error
     if model_type in WITH_VISION:

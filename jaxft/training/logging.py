@@ -16,7 +16,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +27,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
+
+from jaxft.limits import writing
 
 Scalar = bool | int | float | str
 Record = dict[str, Scalar]
@@ -54,7 +56,8 @@ class MetricsLog:
         self._closing = ExitStack()
         self._file = None
         if path is not None:
-            self._file = self._closing.enter_context(open(path, "a+b"))  # noqa: SIM115
+            self._file = open(path, "a+b")  # noqa: SIM115
+            self._closing.callback(self._close_file)
             self._file.seek(0)
             self._file.truncate(len(_finished_lines(self._file.read())))
         for sink in self._sinks:
@@ -71,16 +74,25 @@ class MetricsLog:
 
         Raises:
           ValueError: no integer `step`, or a value that is neither a single number nor a string.
+          OSError: the file cannot be written; names it.
         """
         plain = {key: _plain(key, value) for key, value in record.items()}
         if type(plain.get("step")) is not int:
             raise ValueError(f"metrics record: `step` must be an integer, got {plain.get('step')!r}")
         line = {key: _strict(value) for key, value in plain.items()}
         if self._file is not None:
-            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-            self._file.flush()
+            with self._writing():
+                self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+                self._file.flush()
         for sink in self._sinks:
             sink.log(plain)
+
+    def _close_file(self) -> None:
+        with self._writing():  # what could not be written is tried once more
+            self._file.close()
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self._file.name, "; then resume")
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Record]:

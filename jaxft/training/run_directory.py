@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from jaxft.limits import write_error
 from jaxft.sharding import hosts
 from jaxft.training.same_run import compare, environment
 
@@ -338,4 +339,4 @@ def _replace(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunDirectoryError(f"{path} cannot be written: {error.strerror}") from error
+        raise RunDirectoryError(f"{path} cannot be written: {write_error(error)}") from error

@@ -2,6 +2,7 @@ import json
 import math
 import random
 import re
+import resource
 from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
@@ -95,6 +96,21 @@ def render(tmp_path):
         return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
     return render
+
+
+def test_a_full_disk_is_said_and_leaves_the_report_that_was_there(render, tmp_path):
+    render(records(5))
+    before = (tmp_path / "report.html").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        expected = r"/report\.html could not be written: File too large; make room there; what was trained is complete"
+        with pytest.raises(OSError, match=expected):
+            render(records(5))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").read_bytes() == before
 
 
 def test_the_page_is_self_contained(render, tmp_path):

@@ -76,7 +76,8 @@ def test_nothing_else_is_removed(tmp_path):
 def test_a_full_disk_is_told_with_the_path(tmp_path, code):
     with pytest.raises(OSError) as error, staged(tmp_path / "out"):
         raise OSError(code, os.strerror(code))
-    assert str(error.value) == f"[Errno {code}] {tmp_path / 'out'} could not be written: {os.strerror(code)}"
+    expected = f"{tmp_path / 'out'} could not be written: {os.strerror(code)}; make room there"
+    assert str(error.value) == f"[Errno {code}] {expected}"
     assert list(tmp_path.iterdir()) == []
 
 
