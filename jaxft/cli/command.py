@@ -19,6 +19,7 @@ from jaxft.data.chat import Renderer
 from jaxft.hub.digests import check_digests
 from jaxft.hub.load import eos_token_ids, load_model
 from jaxft.hub.model_files import companions_of
+from jaxft.hub.resolve import ResolvedModel
 from jaxft.hub.tokenizer_files import SETTINGS, TEXT_EOS
 from jaxft.limits import NoMemoryError, is_without_memory, memory_limit
 from jaxft.models.decoder import Decoder
@@ -122,12 +123,12 @@ def mesh_of(options: argparse.Namespace) -> Mesh:
     return make_mesh(sizes if -1 in sizes.values() else {"data": -1} | sizes)
 
 
-def base_of(options: argparse.Namespace, mesh: Mesh) -> Decoder:
-    """The model of the options, without the adapter."""
+def base_of(options: argparse.Namespace, mesh: Mesh, resolved: ResolvedModel) -> Decoder:
+    """The model of the options, without the adapter, from where it was found when its tokenizer was loaded."""
     if options.double_quant and options.quantization is None:
         raise ValueError("--double-quant is for the scales of nf4; add --quantization nf4")
     form = options.quantization and parse_format(options.quantization, double_quant=options.double_quant)
-    return load_model(options.model, options.dtype, form, mesh, revision=options.revision)
+    return load_model(options.model, options.dtype, form, mesh, resolved=resolved)
 
 
 def load_tokenizer(model: Path, adapter: str | Path | None = None) -> PreTrainedTokenizerBase:

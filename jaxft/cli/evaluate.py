@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     mesh = mesh_of(options)
-    directory = resolve_model(options.model, options.revision).path
+    resolved = resolve_model(options.model, options.revision)
+    directory = resolved.path
     if options.adapter is not None:
         check_digests(Path(options.adapter))
         read_adapter_config(Path(options.adapter))  # both complain before weights are read
@@ -80,7 +81,7 @@ def _run(options: argparse.Namespace) -> None:
     (examples,), (read,) = data.train, data.report.sources
 
     measure = partial(score, examples=examples, batch_size=options.batch_size, max_length=options.max_length, mesh=mesh)
-    base = base_of(options, mesh)
+    base = base_of(options, mesh, resolved)
     hosts.agree({"data": examples.fingerprint(), "weights": base.source.fingerprint})
     models = {"base": base}
     if options.adapter is not None:

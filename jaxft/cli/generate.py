@@ -51,7 +51,8 @@ def _run(options: argparse.Namespace) -> None:
     if not options.chat and (options.system is not None or options.chat_template is not None):
         raise ValueError("--system and --chat-template are for conversations; add --chat")
     mesh = mesh_of(options)
-    directory = resolve_model(options.model, options.revision).path
+    resolved = resolve_model(options.model, options.revision)
+    directory = resolved.path
     tokenizer = load_tokenizer(directory, options.adapter)
     eos_ids = stop_ids(directory, options.adapter, tokenizer)
     if options.chat:
@@ -65,7 +66,7 @@ def _run(options: argparse.Namespace) -> None:
             raise ValueError(f"--prompt {text!r} holds no token to go on from; give it a text")
 
     told: list[str] = []
-    model = base_of(options, mesh)
+    model = base_of(options, mesh, resolved)
     if options.adapter is not None:
         model = load_adapter(model, options.adapter)
         told = consumers(adapter_of(model, directory))

@@ -70,7 +70,7 @@ def load_adapter(model: Decoder, directory: str | Path, *, check_base: bool = Tr
     Raises:
         ValueError: the adapter does not fit the model, uses something unsupported, or is not as jaxft wrote it.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     check_digests(directory)
     config = read_adapter_config(directory)
     checkpoint = Checkpoint.open(directory, stem=TENSOR_STEM)
@@ -148,7 +148,7 @@ def save_adapter(model: Decoder, directory: str | Path) -> Path:
     if not factors:
         raise ValueError("the model carries no adapter to save")
     check_experts(model)
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     tensors = {}
     for module, parts in factors.items():
         for suffix, part in _PARTS.items():

@@ -74,7 +74,7 @@ def save_model(
             raise ValueError(f"{site.modules[0]} is quantized; load the model without quantization to write it")
     if model.source is None:
         raise ValueError("the model was not read from a directory; there is no config and no tokenizer to write")
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     if is_writer() and directory.is_dir():
         refuse_weights(directory)
     values = _by_name(model)

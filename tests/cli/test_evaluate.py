@@ -16,6 +16,7 @@ from jaxft.adapters.targets import LoraConfig
 from jaxft.cli import evaluate, export
 from jaxft.cli.train import train
 from jaxft.data.chat import Renderer, load_tokenizer
+from jaxft.hub.resolve import ResolvedModel
 
 STORIES = [
     "Once upon a time there was a little dog. He liked to run.",
@@ -49,6 +50,20 @@ def evaluated(stories, capsys):
 def write(path: Path, records: list[dict]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def test_a_name_on_the_hub_is_looked_up_once(stories, evaluated, tmp_path, monkeypatch):
+    data = write(tmp_path / "data.jsonl", [{"text": story} for story in STORIES])
+    expected, looks = evaluated("--data", data)["base"], []
+
+    def look(name, revision):
+        looks.append((name, revision))
+        return ResolvedModel(stories, "0123abc")
+
+    monkeypatch.setattr("jaxft.cli.evaluate.resolve_model", look)
+    monkeypatch.setattr("jaxft.hub.load.resolve_model", look)
+    assert evaluated("--data", data, "--model", "org/name")["base"] == expected
+    assert looks == [("org/name", None)]
 
 
 def test_equals_the_held_out_loss_of_training(stories, evaluated, tmp_path):

@@ -17,6 +17,7 @@ from jaxft.adapters.targets import LoraConfig
 from jaxft.cli import command
 from jaxft.cli.generate import main, plain_prompt
 from jaxft.generation.generate import generate
+from jaxft.hub.resolve import ResolvedModel
 from jaxft.quantization.nf4 import NF4
 from jaxft.sharding.mesh import make_mesh
 
@@ -74,6 +75,22 @@ def test_prints_the_completion_and_nothing_else(stories, capsys):
     assert len(out) > 15
     assert story[17:].startswith(out.removesuffix("\n")), "the space before the next word belongs to it"
     assert "12 tokens" in err
+
+
+def test_a_name_on_the_hub_is_looked_up_once(stories, asked, capsys, monkeypatch):
+    """A branch that moves meanwhile gives weights of one commit and a tokenizer of another."""
+    looks = []
+
+    def look(name, revision):
+        looks.append((name, revision))
+        return ResolvedModel(stories, "0123abc")
+
+    monkeypatch.setattr("jaxft.cli.generate.resolve_model", look)
+    monkeypatch.setattr("jaxft.hub.load.resolve_model", look)
+    assert run(capsys, "--model", "org/name", "--revision", "dev", "--prompt", "Lily")[0] == 0
+    assert looks == [("org/name", "dev")]
+    assert asked["model"].source.revision == "0123abc"
+    assert asked["model"].source.name == "org/name"
 
 
 def test_each_prompt_gets_its_completion(stories, capsys):

@@ -369,3 +369,16 @@ def test_merging_into_a_quantized_base_is_refused(base, adapter):
     model = jaxft.load_adapter(jaxft.load_model(base, quantization="int8"), adapter)
     with pytest.raises(ValueError, match="without quantization"):
         jaxft.merge_adapter(model)
+
+
+def test_home_is_where_an_adapter_is_saved_and_loaded(chat_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    base = chat_model()
+    tuned = attach(jaxft.load_model(base), LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]), jax.random.key(0))
+    assert jaxft.save_adapter(tuned, "~/lora") == tmp_path / "home" / "lora"
+    again = jaxft.load_adapter(jaxft.load_model(base), "~/lora")
+    assert factors_of(again).keys() == factors_of(tuned).keys()
+    assert jaxft.save_model(jaxft.merge_adapter(again), "~/merged") == tmp_path / "home" / "merged"
+    assert jaxft.load_model("~/merged").source.path == str(tmp_path / "home" / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"], "nothing in a directory called ~"

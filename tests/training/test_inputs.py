@@ -23,6 +23,7 @@ from jaxft.hub.peft import HEAD_COPY
 from jaxft.models.count import count_parameters
 from jaxft.models.linear import Adapter
 from jaxft.training.inputs import gather
+from jaxft.training.same_run import compare, environment
 from jaxft.training.state import Partition
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -478,3 +479,29 @@ def test_an_adapter_of_another_base_is_refused_on_paper(gathered, adapter, chat_
 def test_inputs_cannot_be_changed(gathered):
     with pytest.raises(dataclasses.FrozenInstanceError):
         gathered().total_steps = 3
+
+
+# What must not change between a run and its resumption
+
+
+@pytest.mark.parametrize("coefficient", [0.01, 0.0])
+def test_rows_of_a_micro_batch_count_where_the_load_of_experts_is_balanced(gathered, chat_model, coefficient):
+    mixture = chat_model(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, num_attention_heads=8)
+
+    def configured(rows, accumulated, **mesh):
+        changes = {"router_aux_loss_coef": coefficient} if coefficient else {}
+        changes |= {"micro_batch_size": rows, "gradient_accumulation_steps": accumulated, "mesh": mesh}
+        inputs = gathered(model_name_or_path=str(mixture), adapter="none", **changes)
+        return inputs.config.to_yaml(), inputs.fingerprints
+
+    before, recorded = configured(1, 4, data=2, fsdp=1, tensor=4)
+    others = {
+        "4": configured(2, 2, data=2, fsdp=1, tensor=4),  # other rows on as many devices
+        "8": configured(1, 1, data=8, fsdp=1),  # the same rows on more devices
+        "1": configured(1, 8, data=1, fsdp=1, tensor=4, context=2),
+    }
+    for rows, (after, found) in others.items():
+        refused, _ = compare({"fingerprints": recorded, **environment()}, before, after, found)
+        assert refused == ([f"the rows of a micro-batch changed: 2 -> {rows}"] if coefficient else [])
+    same = configured(2, 4, data=1, fsdp=1, tensor=4, context=2)
+    assert compare({"fingerprints": recorded, **environment()}, before, *same)[0] == []
