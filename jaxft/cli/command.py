@@ -51,10 +51,11 @@ def exit_code(action: Callable[[], int | None]) -> int:
             return code
     except Left as left:
         return _failed(left.word, left.code)
-    except (ValueError, OSError) as error:
-        return _failed(f"error: {_told(error)}", 2)
     except Exception as error:
-        if is_without_memory(error):
+        if gone := hosts.gone(error):
+            said = str(error).splitlines()[0]
+            return _failed(f"error: {gone} is gone: it was killed, or its host or the network is down ({said})", 1)
+        if isinstance(error, ValueError | OSError) or is_without_memory(error):
             return _failed(f"error: {_told(error)}", 2)
         if str(error).startswith(_NO_DEVICE_MEMORY):
             reason = str(error).splitlines()[0].removeprefix(_NO_DEVICE_MEMORY).rstrip(".")

@@ -6,13 +6,15 @@ writes files, but for the checkpoints, of which each process writes the arrays t
 What is computed goes through the devices, in collectives, which wait for ever for a process that does not come. What
 is said here goes through JAX's coordination service, which process 0 hosts, and waits with a limit. Nobody waits for a
 process that is gone: one that fails says so, and the others, who look every second, print its message and end with its
-exit code; one that was killed misses its heartbeats, and JAX ends the others.
+exit code; one that was killed misses its heartbeats, and JAX ends the others. Each says every second that it is alive,
+so that the others can name the one that was killed.
 """
 
 import functools
 import itertools
 import json
 import os
+import re
 import secrets
 import socket
 import sys
@@ -36,11 +38,16 @@ NOTICE_SECONDS = 30
 """After so long a process says that it waits for the others to start."""
 FAREWELL_SECONDS = 10
 """Within these a failure has reached all processes."""
+GONE_SECONDS = 3
+"""A process that says nothing for so long, after what was computed together failed, is what made it fail."""
 SHARED_SECONDS = 60
 """Within these a file that one host writes is seen by the others, on a file system that they share."""
 
 _LISTED = 5
-_FAILED, _LEAVES = "jaxft/failed/", "jaxft/leaves/"
+_FAILED, _LEAVES, _ALIVE = "jaxft/failed/", "jaxft/leaves/", "jaxft/alive/"
+
+_COLLECTIVE = re.compile(r"gloo|nccl|collective|connection (closed|reset|refused)|socket", re.IGNORECASE)
+"""Words of an error of what processes compute together; JAX raises it as a ValueError, too."""
 
 T = TypeVar("T")
 
@@ -212,9 +219,34 @@ def fail(message: str, code: int = 1) -> None:
     _farewell(json.dumps([name(), message, code]))
 
 
+def gone(error: Exception) -> str:
+    """The names of the processes by whose end this error came about; empty where it did not.
+
+    They show no sign of life for `GONE_SECONDS`, and did not say that they fail. Nobody waits for them any more.
+    """
+    together = isinstance(error, jax.errors.JaxRuntimeError) or _COLLECTIVE.search(str(error))
+    if count() == 1 or service().client is None or not together:
+        return ""
+    try:
+        before = _signs()
+        time.sleep(GONE_SECONDS)
+        after = _signs()
+        spoke = {key.removeprefix(at) for at in (_FAILED, _LEAVES) for key, _ in _client().key_value_dir_get(at)}
+    except jax.errors.JaxRuntimeError:
+        return "process 0"  # with which the service went
+    silent = {int(other) for other, sign in after.items() if before.get(other) == sign and other not in spoke}
+    _gone.update(silent - {index()})
+    return ", ".join(json.loads(after[str(other)])[0] for other in sorted(_gone))
+
+
+def _signs() -> dict[str, str]:
+    """What each process said last of being alive, by its index."""
+    return {key.removeprefix(_ALIVE): sign for key, sign in _client().key_value_dir_get(_ALIVE)}
+
+
 def _farewell(failure: str | None) -> None:
     """Let process 0 know, with which the service ends; it leaves when all others have left."""
-    client, others = _client(), {*range(count())} - {0}
+    client, others = _client(), {*range(count())} - {0} - _gone
     deadline = time.monotonic() + FAREWELL_SECONDS
 
     def wait_for(leaving: set[int]) -> None:
@@ -236,6 +268,7 @@ def _farewell(failure: str | None) -> None:
 
 _calls = itertools.count()
 _leaving = threading.Event()
+_gone: set[int] = set()
 
 
 @functools.cache
@@ -245,9 +278,14 @@ def _watch() -> None:
 
 
 def _look() -> None:
-    lost = 0
-    while not _leaving.wait(1.0):
+    lost, heard = 0, _Heard()
+    for number in itertools.count():
+        if _leaving.wait(1.0):
+            return
         try:
+            _client().key_value_set(f"{_ALIVE}{index()}", json.dumps([name(), number]), True)
+            if is_writer():
+                heard.look(_signs(), time.monotonic())
             failures = _client().key_value_dir_get(_FAILED)
             lost = 0
         except jax.errors.JaxRuntimeError as error:
@@ -260,6 +298,28 @@ def _look() -> None:
             _leaving.set()
             _farewell(None)
             _end(f"{name()} ends, because {other} failed: {message}", code)
+
+
+class _Heard:
+    """Which processes process 0 has not heard of for long: it says so once, before JAX ends the run for it."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[str, float]] = {}
+        self._told: set[str] = set()
+
+    def look(self, signs: Mapping[str, str], now: float) -> None:
+        for other, sign in signs.items():
+            said, since = self._last.get(other, ("", now))
+            if said != sign:
+                self._last[other] = sign, now
+            elif now - since > HEARTBEAT_SECONDS / 2 and other not in self._told:
+                self._told.add(other)
+                print(
+                    f"{json.loads(sign)[0]} has not been heard of for {now - since:.0f} seconds: it was killed, or its "
+                    f"host or the network is down; after {HEARTBEAT_SECONDS} the run ends",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def _end(message: str, code: int) -> None:

@@ -1,8 +1,14 @@
 """What processes say to each other and hold together, and that none of them waits for one that is gone."""
 
+import json
+import socket
 import time
 
 import pytest
+from jax.errors import JaxRuntimeError
+
+from jaxft.sharding import hosts
+from jaxft.sharding.jax_internals import Service
 
 SPEAK = """
 import sys
@@ -121,7 +127,8 @@ def act():
     mesh = make_mesh({"data": -1})
     arrays.any_process([False], mesh)
     print("here", flush=True)
-    if hosts.index() == 0:
+    time.sleep(2)  # in which each says that it is alive
+    if hosts.index() == int(sys.argv[1]):
         time.sleep(1000)  # this one is killed
     arrays.any_process([False], mesh)
 
@@ -147,13 +154,91 @@ def test_processes_agree_share_arrays_and_end_together(start_job, chat_model, tm
 
 
 @pytest.mark.slow
-def test_the_others_end_when_the_first_is_killed(start_job):
-    job = start_job(2, 1, "-c", WAIT)
-    job.wait_for(lambda: "here" in job.said(0))
-    job.processes[0].kill()
+@pytest.mark.parametrize("processes, killed", [(2, 0), (2, 1), (3, 2)])
+def test_the_others_end_when_one_is_killed_and_name_it(start_job, processes, killed):
+    job = start_job(processes, 1, "-c", WAIT, killed)
+    job.wait_for(lambda: "here" in job.said(killed))
+    time.sleep(3)
+    job.processes[killed].kill()
     start = time.monotonic()
     codes = job.end()
-    assert codes[0] == -9
-    assert codes[1] not in (0, 75)
+    assert codes[killed] == -9
+    assert not {0, 75} & set(codes)
     assert time.monotonic() - start < 30
-    assert "process 0" in job.said(1) or "coordination service" in job.said(1)
+    if killed == 0:  # with which the service went
+        assert "process 0" in job.said(1) or "coordination service" in job.said(1)
+        return
+    named = f"process {killed} of {processes} ({socket.gethostname()}) "
+    first = job.said(0).splitlines()[1]  # after "here", and before all that JAX may say
+    assert f"{named}is gone: it was killed" in first or first.startswith(f"{named}has not been heard of for "), (
+        job.told()
+    )
+    assert "Traceback" not in job.told()
+
+
+@pytest.mark.core
+def test_who_falls_silent_is_named_once(capsys, monkeypatch):
+    monkeypatch.setattr(hosts, "HEARTBEAT_SECONDS", 60)
+    heard = hosts._Heard()
+
+    def look(now, **beats):
+        signs = {str(ord(name) - ord("a")): json.dumps([f"process {name}", beat]) for name, beat in beats.items()}
+        heard.look(signs, now)
+        return capsys.readouterr().err
+
+    assert look(0.0, a=0, b=0) == ""
+    assert look(20.0, a=20, b=0, c=1) == ""
+    assert look(30.0, a=30, b=0, c=1) == "", "half of the time that it has"
+    said = look(31.0, a=31, b=0, c=1)
+    assert said.startswith("process b has not been heard of for 31 seconds: it was killed, or its host")
+    assert said.endswith("; after 60 the run ends\n")
+    assert look(32.0, a=32, b=0, c=1) == ""
+    assert "process c has not been heard of for 31 seconds" in look(51.0, a=51, b=1, c=1)
+
+
+@pytest.mark.core
+def test_an_error_of_its_own_is_blamed_on_nobody(monkeypatch):
+    """And nobody is looked for: that takes seconds."""
+    monkeypatch.setattr(hosts, "service", lambda: Service("not asked", 0, 2))
+    assert hosts.gone(ValueError("config.json: no such file")) == ""
+    monkeypatch.setattr(hosts, "service", lambda: Service(None, 0, 1))
+    assert hosts.gone(ValueError("Gloo all-reduce failed")) == ""
+
+
+class Client:
+    """Of the coordination service: what processes say, in the order in which it is looked at."""
+
+    def __init__(self, *signs, spoke=()):
+        self.signs, self.spoke = iter(signs), spoke
+
+    def key_value_dir_get(self, at):
+        if at == hosts._ALIVE:
+            return [
+                (f"{at}{other}", json.dumps([f"process {other}", beat])) for other, beat in next(self.signs).items()
+            ]
+        return [(f"{at}{other}", "") for other in self.spoke if at == hosts._FAILED]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("UNKNOWN: Gloo all-reduce failed"),
+        JaxRuntimeError("INTERNAL: x"),
+        OSError("Connection reset by peer"),
+    ],
+)
+@pytest.mark.parametrize(
+    "before, after, spoke, expected",
+    [
+        ({0: 5, 1: 7, 2: 3}, {0: 5, 1: 8, 2: 3}, (), "process 2"),
+        ({0: 5, 1: 7, 2: 3, 11: 1}, {0: 6, 1: 8, 2: 3, 11: 1}, (), "process 2, process 11"),
+        ({0: 5, 1: 7, 2: 3}, {0: 6, 1: 7, 2: 3}, (1,), "process 2"),
+        ({0: 5, 1: 7}, {0: 6, 1: 8, 2: 0}, (), ""),
+    ],
+)
+def test_the_silent_are_gone_but_not_who_said_that_it_fails(monkeypatch, error, before, after, spoke, expected):
+    monkeypatch.setattr(hosts, "service", lambda: Service(Client(before, after, spoke=spoke), 0, 12))
+    monkeypatch.setattr(hosts, "GONE_SECONDS", 0)
+    monkeypatch.setattr(hosts, "_gone", set())
+    assert hosts.gone(error) == expected
