@@ -238,7 +238,8 @@ class Client:
     ],
 )
 def test_the_silent_are_gone_but_not_who_said_that_it_fails(monkeypatch, error, before, after, spoke, expected):
-    monkeypatch.setattr(hosts, "service", lambda: Service(Client(before, after, spoke=spoke), 0, 12))
+    service = Service(Client(before, after, spoke=spoke), 0, 12)
+    monkeypatch.setattr(hosts, "service", lambda: service)
     monkeypatch.setattr(hosts, "GONE_SECONDS", 0)
     monkeypatch.setattr(hosts, "_gone", set())
     assert hosts.gone(error) == expected
