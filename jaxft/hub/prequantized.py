@@ -22,7 +22,8 @@ from jaxft.hub.checkpoint import Checkpoint
 from jaxft.hub.encoded import Encoded, Files
 from jaxft.hub.safetensors import SafetensorsError, TensorInfo
 from jaxft.hub.text_part import TextPart
-from jaxft.models.hf_config import WITH_VISION, decoder_config
+from jaxft.models.families import TRANSPOSED
+from jaxft.models.hf_config import WITH_VISION
 
 METHODS: Mapping[str, Callable[[Files, dict[str, Any]], dict[str, Encoded]]] = {
     "awq": packed.find_awq,
@@ -129,8 +130,7 @@ def open_directory(directory: Path, config: Mapping[str, Any]) -> Weights:
             f"{', '.join(sorted(METHODS))}. Give one of these or the full-precision checkpoint, and load_in_4bit or "
             "load_in_8bit to quantize while loading"
         )
-    if decoder_config(config).transposed:  # its matrices are [in, out], which quantizers keep or turn as they like
-        name = config.get("model_type")
+    if (name := config.get("model_type")) in TRANSPOSED:  # quantizers keep such matrices or turn them as they like
         raise ValueError(f"{directory}: quantized checkpoints of {name} are not supported; give the full-precision one")
     files = _open(directory, config)
     return Prequantized(files, METHODS[method](files, settings), method)

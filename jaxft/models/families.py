@@ -9,6 +9,9 @@ from transformers import PreTrainedConfig
 from jaxft.models.config import BlockNorms, Clamp, DecoderConfig, Experts, LayerSpec
 from jaxft.models.family_fields import biases, shared, typed_layers
 
+TRANSPOSED = ("gpt2",)
+"""Families whose checkpoints store the layers' projections as [in, out]."""
+
 
 def _llama(hf: PreTrainedConfig) -> DecoderConfig:
     """Llama 1, 2, 3, 3.1, 3.2 (text), 3.3, TinyLlama, SmolLM, SmolLM2, Yi, DeepSeek-R1-Distill-Llama."""
@@ -160,7 +163,7 @@ def _gpt2(hf: PreTrainedConfig) -> DecoderConfig:
         gated_mlp=False,
         layers=(LayerSpec(rope=None),) * hf.num_hidden_layers,
         learned_positions=hf.max_position_embeddings,
-        transposed=True,
+        transposed=hf.model_type in TRANSPOSED,
         renames=(
             ("model.embed_tokens", "transformer.wte"),
             ("model.embed_positions", "transformer.wpe"),
