@@ -159,7 +159,7 @@ def stop_ids(model: Path, adapter: str | Path | None, tokenizer: PreTrainedToken
     return found
 
 
-def end_of_turn(renderer: Renderer) -> set[int]:
-    """The tokens that end an answer in the chat template; a base model's own files do not name them."""
+def end_of_turn(renderer: Renderer) -> list[int]:
+    """The tokens that end a turn in the chat template, that of answers first; a base's own files do not name them."""
     stops = renderer.template.stops if renderer.template else ()
-    return set(renderer.tokenizer.convert_tokens_to_ids(list(stops)))
+    return renderer.tokenizer.convert_tokens_to_ids(list(stops))

@@ -58,7 +58,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.chat:
         renderer = Renderer(tokenizer, options.chat_template)
         prompts = [_ask(renderer, text, options.system) for text in options.prompt]
-        eos_ids |= end_of_turn(renderer)
+        eos_ids.update(end_of_turn(renderer))
     else:
         prompts = [plain_prompt(tokenizer, text) for text in options.prompt]
     for text, ids in zip(options.prompt, prompts, strict=True):

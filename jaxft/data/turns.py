@@ -144,9 +144,9 @@ class ChatTemplate:
         return token and token[0]
 
     @property
-    def stops(self) -> set[str]:
-        """The tokens after which generation must stop; empty where EOS alone ends an answer."""
-        return {stop for stop in (self.stop, self._call_stop) if stop is not None}
+    def stops(self) -> tuple[str, ...]:
+        """The tokens after which generation must stop, that of answers first; empty where EOS alone ends an answer."""
+        return tuple(dict.fromkeys(stop for stop in (self.stop, self._call_stop) if stop is not None))
 
     def _job(self, messages: Sequence[Message], tools: Sequence[dict], add_generation_prompt: bool) -> dict:
         form = self._call_form if any(message.tool_calls for message in messages) else CallForm()
@@ -155,7 +155,7 @@ class ChatTemplate:
     def _check_stops(self, text: str, supervised: Sequence[Span], add_eos: bool) -> None:
         """Refuse a learned answer after which generation would not stop."""
         for k, (start, end) in enumerate(supervised, 1):
-            ends = text[start:end].rstrip().endswith(tuple(self.stops))
+            ends = text[start:end].rstrip().endswith(self.stops)
             if not ends and not (add_eos and k == len(supervised)):
                 after = repr(text[end : end + 20]) if text[end:] else "nothing"
                 raise TemplateError(

@@ -134,7 +134,7 @@ def test_chatml_on_a_tokenizer_without_its_tokens_ends_turns_in_eos(real_tokeniz
     learned = found.tokenized.tokens[found.tokenized.loss_mask].tolist()
     assert learned.count(tokenizer.eos_token_id) == 2
     assert learned[-1] == tokenizer.eos_token_id
-    assert renderer.template.stops == {end}
+    assert renderer.template.stops == (end,)
     puts_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     assert found.tokenized.tokens.tolist().count(tokenizer.bos_token_id) == (
         1 if puts_bos else 4 if name == "gpt2" else 0
@@ -146,7 +146,7 @@ def test_chatml_on_a_tokenizer_without_its_tokens_ends_turns_in_eos(real_tokeniz
 def test_chatml_on_a_tokenizer_with_neither_its_tokens_nor_eos(byte_tokenizer):
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.eos_token = None
-    assert Renderer(tokenizer, "chatml").template.stops == {"<|im_end|>"}
+    assert Renderer(tokenizer, "chatml").template.stops == ("<|im_end|>",)
     bare = copy.deepcopy(tokenizer)
     bare._tokenizer = type(bare._tokenizer).from_str(bare._tokenizer.to_str().replace("<|im_end|>", "<|ends|>"))
     with pytest.raises(ValueError, match=r"chatml: the tokenizer has neither <\|im_end\|> nor an eos_token"):

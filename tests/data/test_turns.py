@@ -247,10 +247,10 @@ def test_a_call_whose_turn_has_no_end_may_be_part_of_the_prompt():
 @pytest.mark.parametrize(
     "end, call_end, stops",
     [
-        ("<|end|>", "</call></calls><|end|>", {"<|end|>"}),  # tokens before the end of turn are part of the call
-        ("<|end|>", "<|call|>", {"<|end|>", "<|call|>"}),
-        ("\n<|end|>", "</call>\n<|end|>", {"<|end|>"}),
-        ("", "<|call|>", {"<|call|>"}),
+        ("<|end|>", "</call></calls><|end|>", ("<|end|>",)),  # tokens before the end of turn are part of the call
+        ("<|end|>", "<|call|>", ("<|end|>", "<|call|>")),
+        ("\n<|end|>", "</call>\n<|end|>", ("<|end|>",)),
+        ("", "<|call|>", ("<|call|>",)),
     ],
 )
 def test_the_tokens_that_stop_generation(end, call_end, stops):
@@ -277,7 +277,7 @@ def test_every_one_of_several_calls_must_show():
 def test_a_blank_that_is_one_token_stops_nothing(blank):
     source = "{% for m in messages %}[{{ m.role }}]{{ m.content + '" + blank.replace("\n", "\\n") + "' }}{% endfor %}"
     found = ChatTemplate(source, {}, (), date(2024, 7, 26), 20.0, [blank, "<b>"])
-    assert found.stops == set()
+    assert found.stops == ()
     assert found.render(with_last_answer(TWO)).add_eos
 
 
