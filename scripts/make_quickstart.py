@@ -18,7 +18,7 @@ import quickstart_corpus as corpus
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import jaxft
-from jaxft.data.chat import CHATML
+from jaxft.data.templates import CHATML
 from jaxft.hub.checkpoint import write_checkpoint
 from jaxft.models.decoder import initialize, parameters
 from jaxft.models.hf_config import decoder_config

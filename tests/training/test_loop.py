@@ -153,7 +153,8 @@ def test_the_directory_of_a_run(whole):
     assert load_config(directory / "config.yaml") == whole.config
     assert {path.name for path in (directory / "adapter").iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"),
+        *("README.md", "jaxft_files.json"),
     }
     assert "<html" in (directory / "report.html").read_text()
 
@@ -163,7 +164,8 @@ def test_the_record_of_a_run(whole):
     record, found = json.loads((directory / "run.json").read_text()), losses(directory, "eval_loss")
     assert record["fingerprints"] == inputs.fingerprints
     assert record["chat_template"] == inputs.renderer.tokenizer.chat_template
-    assert record["result_sha256"].keys() == {path.name for path in (whole.result.output_dir / "adapter").iterdir()}
+    files = {path.name for path in (whole.result.output_dir / "adapter").iterdir()}
+    assert record["result_sha256"].keys() == files - {"README.md"}  # which is free to be edited
     assert record["data"]["train"] == 48
     assert record["data"]["held_out"] == 8
     assert [(part["format"], part["trained"]) for part in record["parameters"]] == [
