@@ -164,7 +164,9 @@ def run_quickstart(output: Path, *overrides: str) -> dict:
 
 @pytest.mark.core
 def test_the_quickstart_starts(tmp_path):
-    final = run_quickstart(tmp_path / "run", "max_steps=3", "exact_match_samples=0", "eval_datasets=[]")
+    final = run_quickstart(
+        tmp_path / "run", "max_steps=3", "exact_match_samples=0", "eval_datasets=[]", "eval_steps=null"
+    )
     assert (final["steps"], final["exact_match"]) == (3, None)
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
 
