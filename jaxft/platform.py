@@ -85,6 +85,8 @@ def devices_needed() -> Iterator[None]:
     Raises:
         ValueError: there are none of the platform that JAX_PLATFORMS names; says what to do.
     """
+    discovery = logging.getLogger("jax._src.xla_bridge")
+    discovery.addFilter(_without_traceback)
     try:
         yield
     except (RuntimeError, AssertionError) as error:  # the latter where there is no plugin for CUDA
@@ -96,8 +98,16 @@ def devices_needed() -> Iterator[None]:
             f"JAX_PLATFORMS is {asked}, and JAX cannot use that here{_hidden()}: {reason}; install jax for it "
             '(pip install "jax[tpu]", "jax[cuda13]"), or unset JAX_PLATFORMS to take what there is'
         ) from None
+    finally:
+        discovery.removeFilter(_without_traceback)
     if jax.default_backend() == "cpu" and _for_accelerators():
         logger.warning("JAX sees no accelerator and runs on the CPU, though a plugin for one is installed%s", _hidden())
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """JAX tells of a plugin that finds no device with a traceback; the line is enough."""
+    record.exc_info = record.exc_text = None
+    return True
 
 
 def _hidden() -> str:

@@ -1,5 +1,6 @@
 """What is said to JAX before it starts, and what the user said stays."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from jaxft import platform
+from jaxft.platform import devices_needed
 
 SCRIPT = """
 import os
@@ -109,3 +111,12 @@ def test_a_fall_back_to_the_cpu_is_said(monkeypatch, caplog):
     assert caplog.messages == [
         "JAX sees no accelerator and runs on the CPU, though a plugin for one is installed (CUDA_VISIBLE_DEVICES='')"
     ]
+
+
+def test_a_plugin_that_finds_no_device_is_told_in_a_line(caplog):
+    with devices_needed():
+        try:
+            raise RuntimeError("no GPU")
+        except RuntimeError:
+            logging.getLogger("jax._src.xla_bridge").exception("plugin configuration error")
+    assert [(one.getMessage(), one.exc_info) for one in caplog.records][:1] == [("plugin configuration error", None)]
