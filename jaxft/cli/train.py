@@ -88,13 +88,7 @@ def run(config: Config, console: Console, idle: AbstractContextManager[None] | N
     """
     say = console.print
     hosts.agree({**versions(), **config.model_dump(mode="json")})
-    again = hosts.is_writer() and is_begun(config)
-    if hosts.is_writer():
-        check_vacant(config.output_dir, again)
-        check_trackers(config.report_to)
-    inputs = gather(config)
-    if again:
-        check_length(config.output_dir, inputs.total_steps)
+    inputs, again = _prepare(config)
     hosts.agree(inputs.fingerprints)
     say(str(inputs.data.report))
     described = inputs.describe()
@@ -174,13 +168,8 @@ def dry_run(config: Config, console: Console) -> None:
 
     What would refuse the run refuses this.
     """
-    again = hosts.is_writer() and is_begun(config)
-    if hosts.is_writer():
-        check_vacant(config.output_dir, again)
-        check_trackers(config.report_to)
-    inputs = gather(config)
+    inputs, again = _prepare(config)
     if again:
-        check_length(config.output_dir, inputs.total_steps)
         check_same(config.output_dir, again, resolved(config), inputs.fingerprints)
     console.print(resolved(config))
     console.print(str(inputs.data.report))
@@ -196,6 +185,18 @@ def dry_run(config: Config, console: Console) -> None:
             f"before and after, the model answers {len(asked)} held-out prompts with up to {config.max_new_tokens} "
             "tokens each (sample_prompts, exact_match_samples)"
         )
+
+
+def _prepare(config: Config) -> tuple[Inputs, bool]:
+    """What a run is made of, and whether it was begun before. What is quickly known to refuse it is asked first."""
+    again = hosts.is_writer() and is_begun(config)
+    if hosts.is_writer():
+        check_vacant(config.output_dir, again)
+        check_trackers(config.report_to)
+    inputs = gather(config)
+    if again:
+        check_length(config.output_dir, inputs.total_steps)
+    return inputs, again
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

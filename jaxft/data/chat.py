@@ -9,9 +9,7 @@ Special tokens are written by templates only. Where a content spells one (`<|im_
 message), the token is replaced by the ordinary tokens of its letters, so that no content can open or close a
 turn. An event counts it.
 
-A completion is prompt + completion + EOS, a text is text + EOS, each after BOS if the tokenizer adds one. Data often
-spell the two at their ends already; then they are read as the tokens, and not added again. A text that went through
-the chat template before it came here keeps its special tokens, and is closed by the template's end of turn.
+Texts and completions have no template (`jaxft.data.continuations`).
 """
 
 import json
@@ -28,8 +26,9 @@ from rich.text import Text as Styled
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxft.data import shown
+from jaxft.data.continuations import Continuations
 from jaxft.data.conversations import Conversation, Message
-from jaxft.data.events import RENDERED, WRITTEN_ENDS, Event
+from jaxft.data.events import Event
 from jaxft.data.formats import Completion, Example, Text
 from jaxft.data.records import BadRecord
 from jaxft.data.signs import any_of
@@ -146,6 +145,9 @@ class Renderer:
             time_limit,
             [token.content for token in added.values()],
         )
+        self._continuations = Continuations(
+            tokenizer.bos_token, tokenizer.eos_token, bool(self._bos), self.template, self._special, self._own_markup
+        )
         if self.template and chat_template != "chatml" and source not in own_templates(tokenizer).values():
             self._tell_of_tokens()
         self._spell = lru_cache(self._spell_out)
@@ -195,7 +197,7 @@ class Renderer:
             if isinstance(example, Text):
                 raise ValueError("plain text has no prompt to answer")
             if isinstance(example, Completion):
-                rendered, reference = self._prompt_of(example), example.completion
+                rendered, reference = self._continuations.prompt(example), example.completion
             else:
                 last = max(i for i, message in enumerate(example.messages) if message.role == "assistant")
                 rendered = self._need_template().prompt(example.messages[:last], example.tools)
@@ -231,13 +233,7 @@ class Renderer:
         except ValueError as error:  # befalls all examples alike
             raise ValueError(f"{example.origin}: {error}") from None
         try:
-            if template:
-                return template.render(example)
-            asked = example.prompt if isinstance(example, Completion) else ""
-            answer = example.completion if isinstance(example, Completion) else example.text
-            if len(asked) + len(answer) > OUTPUT_LIMIT:
-                return TooLong(OUTPUT_LIMIT)
-            return self._continuation(asked, answer, example.rendered, example.events)
+            return template.render(example) if template else self._continuations.render(example)
         except OutputLimitError:
             return TooLong(OUTPUT_LIMIT)
         except StoppedError as error:
@@ -245,45 +241,10 @@ class Renderer:
         except ValueError as error:
             return BadRecord(example.origin, str(error))
 
-    def _continuation(self, asked: str, answer: str, rendered: bool, events: tuple[Event, ...]) -> Rendered:
-        """A text without a template, or one that has been through it: BOS, the two parts, and an end."""
-        ends = self._ends_with_eos(answer)
-        if rendered:
-            answer += "" if ends else self.template.closing(answer)
-            if self.template.begins_with_bos and not self._begins_with_bos(asked + answer):
-                asked = self.tokenizer.bos_token + asked
-            text, closed = asked + answer, ends or self.template.stop is not None
-            return Rendered(text, ((len(asked), len(text)),), (), False, not closed, (*events, RENDERED))
-        starts = bool(self._bos) and self._begins_with_bos(asked + answer)
-        if starts:
-            bos = self.tokenizer.bos_token
-            asked, answer = (
-                (asked.lstrip().removeprefix(bos), answer) if asked else ("", answer.lstrip().removeprefix(bos))
-            )
-        if ends:
-            answer = answer.rstrip().removesuffix(self.tokenizer.eos_token)
-        text = asked + answer
-        events = (*events, *((WRITTEN_ENDS,) if starts or ends else ()))
-        events = (*events, *shown.markup_events(text, self._special, self._own_markup))
-        return Rendered(text, ((len(asked), len(text)),), ((0, len(text)),), True, True, events)
-
-    def _prompt_of(self, example: Completion) -> Rendered:
-        """What comes before the completion, as `_continuation` has it."""
-        whole = self._continuation(example.prompt, example.completion, example.rendered, ())
-        length = whole.supervised[0][0]
-        content = tuple((start, min(end, length)) for start, end in whole.content)
-        return Rendered(whole.text[:length], (), content, add_bos=whole.add_bos)
-
-    def _begins_with_bos(self, text: str) -> bool:
-        return text.lstrip().startswith(self.tokenizer.bos_token or "\0")
-
-    def _ends_with_eos(self, text: str) -> bool:
-        return text.rstrip().endswith(self.tokenizer.eos_token or "\0")
-
     def _tell_of_tokens(self) -> None:
         """Warn of a template that was written for another tokenizer."""
         text = self.template.prompt([Message("user", "question")]).text
-        if self._bos and not self._begins_with_bos(text):
+        if self._bos and not self._continuations.begins_with_bos(text):
             logger.warning(
                 "the chat template does not begin with %s, which the tokenizer puts before every text; "
                 "if the model was trained with it, begin the template with {{ bos_token }}",

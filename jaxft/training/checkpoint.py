@@ -12,20 +12,17 @@ One run owns the directory at a time (`jaxft.training.run_directory` sees to it)
 what a killed process left half written or half deleted.
 """
 
-import functools
 import logging
 import shutil
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxft.sharding import hosts
+from jaxft.training import orbax_arrays
 from jaxft.training.digest import digests
 from jaxft.training.manifest import (
     describe,
@@ -39,9 +36,6 @@ from jaxft.training.manifest import (
 from jaxft.training.state import Trained, TrainState
 
 logger = logging.getLogger(__name__)
-
-# Orbax logs a failed save as pages of tracebacks; what fails is raised or reported here.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
 
 _OVERHEAD = 1 << 20  # bytes of a checkpoint beside its arrays, generously
 _OUTDATED = "outdated"  # directory of steps being deleted
@@ -84,12 +78,11 @@ class Checkpoints:
         self._damaged: list[int] = []  # newer than the step the run goes on from
         self._pending: int | None = None  # being written
         self._saved: tuple[int, str] | None = None  # the step saved last, and `state_digest` of its state
-        self._reader = ocp.PyTreeCheckpointHandler()
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(use_compression=False),  # trained floats hardly compress
             "manifest": ocp.JsonCheckpointHandler(),
         }
-        _hush_closed_loops()
+        orbax_arrays.hush()
         options = ocp.CheckpointManagerOptions(todelete_subdir=_OUTDATED, single_host_load_and_broadcast=True)
         try:
             if hosts.is_writer():
@@ -230,13 +223,6 @@ class Checkpoints:
         found = "".join(f"\n  {problem}" for problem in problems.values()) or " there are none"
         raise CheckpointError(f"{self.directory}: no intact checkpoint to go on from:{found}")
 
-    def _delete(self, steps: Iterable[int]) -> None:
-        """Move steps aside, then delete them: whenever the process is killed, no half step is left."""
-        for step in steps:
-            self._manager.delete(step)
-            if hosts.is_writer():
-                shutil.rmtree(self.directory / _OUTDATED)
-
     def restore_trained(self, like: Trained, step: int) -> Trained:
         """The trained arrays of one step, and nothing else of it, so that they need no room for an optimizer.
 
@@ -250,6 +236,13 @@ class Checkpoints:
         manifest = self._manifest(step)
         recorded = {name: array for name, array in manifest["arrays"].items() if name.startswith("trained.")}
         return dict(zip(like, self._intact(step, recorded, wanted).values(), strict=True))
+
+    def _delete(self, steps: Iterable[int]) -> None:
+        """Move steps aside, then delete them: whenever the process is killed, no half step is left."""
+        for step in steps:
+            self._manager.delete(step)
+            if hosts.is_writer():
+                shutil.rmtree(self.directory / _OUTDATED)
 
     def _restore(self, template: TrainState, step: int) -> Restored:
         manifest = self._manifest(step)
@@ -265,7 +258,7 @@ class Checkpoints:
             listed = "".join(f"\n  {line}" for line in differing[:_LISTED])
             more = f"\n  and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
             raise CheckpointError(f"{self._path(step)} is not of this model and optimizer:{listed}{more}")
-        arrays, fault = self._read(step, wanted)
+        arrays, fault = orbax_arrays.read(self._path(step) / "state", wanted)
         if faults := list(filter(None, hosts.exchange(fault))):
             raise DamagedCheckpointError(f"{self._path(step)} is damaged: {faults[0]}")
         found = describe(arrays, digests(arrays))
@@ -281,19 +274,6 @@ class Checkpoints:
         if fault:
             raise DamagedCheckpointError(f"{self._path(step)} is damaged: {fault}")
         return body
-
-    def _read(self, step: int, wanted: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], str | None]:
-        """The arrays as those of the template lie, or why this process cannot read them."""
-        restore = {name: _restore_args(leaf) for name, leaf in wanted.items()}
-        try:
-            some = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
-            arguments = ocp.args.PyTreeRestore(item=some, restore_args=restore, partial_restore=True)
-            read = self._reader.restore(self._path(step) / "state", args=arguments)
-            return {
-                name: read[name] if leaf.committed else jnp.array(read[name]) for name, leaf in wanted.items()
-            }, None
-        except Exception as error:  # Orbax and TensorStore raise anything at a damaged directory
-            return {}, _reason(error)
 
     def _require_space(self, step: int, size: int) -> None:
         if not hosts.is_writer():
@@ -313,7 +293,9 @@ class Checkpoints:
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
         self._require_directory()
-        return CheckpointError(f"{self._path(step)} could not be written: {_reason(error)}; {self._last_good()}")
+        return CheckpointError(
+            f"{self._path(step)} could not be written: {orbax_arrays.reason(error)}; {self._last_good()}"
+        )
 
     def _last_good(self) -> str:
         there = sorted(self._manager.all_steps())
@@ -323,30 +305,3 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
-
-
-@functools.cache
-def _hush_closed_loops() -> None:
-    """Drop what TensorStore's threads say, a hundred times, of the event loop that Orbax closed after a failure.
-
-    The failure itself is raised.
-    """
-    before = sys.unraisablehook
-
-    def hook(found: Any) -> None:
-        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
-            before(found)
-
-    sys.unraisablehook = hook
-
-
-def _restore_args(like: jax.Array) -> ocp.RestoreArgs:
-    """On the devices of `like`; on the host where it was not bound to any."""
-    if not like.committed:
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(sharding=like.sharding, global_shape=like.shape, dtype=like.dtype)
-
-
-def _reason(error: Exception) -> str:
-    """What a library's error says, without TensorStore's description of itself."""
-    return (str(error).partition(" [tensorstore_spec")[0].splitlines() or [type(error).__name__])[0]

@@ -265,7 +265,7 @@ def test_many_examples_that_are_too_long_are_a_warning(write, renderer):
 
 @pytest.mark.parametrize("kind", ["conversation", "completion", "text"])
 def test_an_example_of_millions_of_characters_is_one_that_is_too_long(byte_tokenizer, tmp_path, kind, monkeypatch):
-    for module in ("chat", "turns"):
+    for module in ("continuations", "chat", "turns"):
         monkeypatch.setattr(f"jaxft.data.{module}.OUTPUT_LIMIT", 2000)
     long = {"prompt": "q", "completion": "a" * 3000} if kind != "text" else {"text": "a" * 3000}
     short = {"prompt": "q", "completion": "a"} if kind != "text" else {"text": "a"}

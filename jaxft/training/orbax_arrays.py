@@ -1,0 +1,60 @@
+"""How Orbax is asked for the arrays of a step, and kept from shouting.
+
+What goes wrong in Orbax and TensorStore comes as any exception, with the whole description of a store in its
+message, and again as pages of tracebacks in the log. A checkpoint needs one line of it.
+"""
+
+import functools
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+def read(directory: Path, wanted: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], str | None]:
+    """The arrays that are named, as those of `wanted` lie, or why this process cannot read them.
+
+    Args:
+        directory: the item of a step that holds arrays; what it holds besides `wanted` is not read.
+        wanted: gives names, shapes, dtypes and shardings.
+    """
+    some = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
+    restore = {name: _restore_args(leaf) for name, leaf in wanted.items()}
+    arguments = ocp.args.PyTreeRestore(item=some, restore_args=restore, partial_restore=True)
+    try:
+        found = ocp.PyTreeCheckpointHandler().restore(directory, args=arguments)
+        return {name: found[name] if leaf.committed else jnp.array(found[name]) for name, leaf in wanted.items()}, None
+    except Exception as error:  # Orbax and TensorStore raise anything at a damaged directory
+        return {}, reason(error)
+
+
+def _restore_args(like: jax.Array) -> ocp.RestoreArgs:
+    """On the devices of `like`; on the host where it was not bound to any."""
+    if not like.committed:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=like.sharding, global_shape=like.shape, dtype=like.dtype)
+
+
+def reason(error: Exception) -> str:
+    """What a library's error says, without TensorStore's description of itself."""
+    return (str(error).partition(" [tensorstore_spec")[0].splitlines() or [type(error).__name__])[0]
+
+
+@functools.cache
+def hush() -> None:
+    """Drop what the libraries log of a failure that is raised: Orbax's tracebacks, and what TensorStore's threads
+    say, a hundred times, of the event loop that Orbax closed after it.
+    """
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+            before(found)
+
+    sys.unraisablehook = hook
