@@ -9,6 +9,7 @@ from typing import Any
 from jaxft.data.strict_json import parse_json, reason
 
 _LITERAL = ("default", "const", "enum", "examples")  # keys of a JSON schema under which null is a value
+_NAMES = ("properties", "patternProperties", "$defs", "definitions")  # keys of a JSON schema that hold schemas by name
 
 
 def listed(value: Any, what: str) -> Any:
@@ -34,13 +35,17 @@ def parsed(value: Any, what: str) -> Any:
         raise ValueError(f"{what} is text, but {reason(error)}") from None
 
 
-def without_nulls(value: Any) -> Any:
-    """Without the keys that are null, at any depth; but null may be a constant, or the default of what takes null."""
+def without_nulls(value: Any, *, names: bool = False) -> Any:
+    """Without the keys that are null, at any depth; but null may be the constant or default of what takes null.
+
+    `names`: the keys of this object are names that its writer chose, not words of a JSON schema.
+    """
     if isinstance(value, dict):
+        literal = () if names else _LITERAL
         return {
-            key: part if key in _LITERAL else without_nulls(part)
+            key: part if key in literal else without_nulls(part, names=key in _NAMES and not names)
             for key, part in value.items()
-            if part is not None or key == "const" or (key == "default" and takes_null(value))
+            if part is not None or (key in ("const", "default") and key in literal and takes_null(value))
         }
     return [without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
 

@@ -86,6 +86,8 @@ def test_calls_by_others_and_calls_that_are_no_json():
         ({"type": ["integer", "null"], "default": None}, True),
         ({"oneOf": [{"type": "null"}], "default": None}, True),
         ({"const": None}, True),
+        ({"type": "null", "const": None}, True),
+        ({"type": "string", "const": None}, False),
         ({"type": "string", "default": None}, False),  # as Arrow fills it in
         ({"anyOf": None, "type": "string", "default": None, "enum": None}, False),
     ],
@@ -95,6 +97,14 @@ def test_a_null_that_a_schema_means_stays(schema, kept):
     found = tool["function"]["parameters"]["properties"]["x"]
     assert found == (schema if kept else {"type": "string"})
     assert (events == ()) is kept
+
+
+def test_a_parameter_may_have_the_name_of_a_word_of_a_schema():
+    filled = {"default": {"type": "string", "enum": None}, "const": None, "enum": {"type": "string", "items": None}}
+    meant = {"default": {"type": "string"}, "enum": {"type": "string"}}
+    for where in ("properties", "$defs"):
+        (tool,), _ = parse_tools([{"name": "f", "parameters": {where: filled}}])
+        assert tool["function"]["parameters"] == {where: meant}
 
 
 PLACE = {"type": "object", "properties": {"city": {"type": "string"}, "zip": {"type": ["string", "null"]}}}
