@@ -111,6 +111,21 @@ def test_a_turn_that_is_not_learned_is_not_asked_for(renderer):
     assert (question.text, question.reference) == ("One?", "First.")
 
 
+def test_a_conversation_that_cannot_be_cut_at_its_answer_is_passed_over(material):
+    """It was trained as a whole; its template refuses one that ends there. The next one is asked."""
+    template = (
+        "{% if messages|length == 4 %}{{ raise_exception('no end here') }}{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    r = Renderer(AutoTokenizer.from_pretrained(material / "tokenizers" / "qwen3"), template)
+    short = [user("One?"), model("First.")]
+    long = Conversation(parse_messages([*short, user("Two?"), model("Second."), user("Three?")]))
+    assert r.encode([long])[0].tokenized.loss_mask.any()
+    asked = questions([long, Conversation(parse_messages(short))], r, 2, 10_000)
+    assert [question.text for question in asked] == ["One?"]
+
+
 def test_completions_are_asked_and_texts_are_not(renderer):
     r = renderer("qwen3", "Qwen-Qwen2.5-7B-Instruct")
     examples = [Text("A story."), Completion("2+2=", " 4"), Completion("3+3=", " 6"), Completion("long " * 50, "x")]
