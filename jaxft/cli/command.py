@@ -19,6 +19,7 @@ from jaxft.data.chat import Renderer
 from jaxft.hub.digests import check_digests
 from jaxft.hub.load import eos_token_ids, load_model
 from jaxft.hub.model_files import companions_of
+from jaxft.hub.peft_config import read_adapter_config
 from jaxft.hub.resolve import ResolvedModel
 from jaxft.hub.tokenizer_files import SETTINGS, TEXT_EOS
 from jaxft.limits import NoMemoryError, is_without_memory, memory_limit
@@ -132,17 +133,26 @@ def base_of(options: argparse.Namespace, mesh: Mesh, resolved: ResolvedModel) ->
     return load_model(options.model, options.dtype, form, mesh, resolved=resolved)
 
 
+def check_adapter(directory: str | None) -> None:
+    """Complain of an adapter before the weights of its base are read, which takes long.
+
+    Raises:
+        ValueError: it is not there, its files are not as jaxft wrote them, or its settings cannot be honoured.
+    """
+    if directory is not None:
+        check_digests(Path(directory))
+        read_adapter_config(Path(directory))
+
+
 def load_tokenizer(model: Path, adapter: str | Path | None = None) -> PreTrainedTokenizerBase:
     """The adapter's tokenizer, which may have another chat template, or else the model's.
 
     Texts end with the EOS that they ended with in training, where an export calls the end of answers EOS.
 
     Raises:
-        ValueError: there is none, it is damaged, or the adapter's files are not as jaxft wrote them.
+        ValueError: there is none, or it is damaged.
     """
     own = adapter is not None and (Path(adapter) / SETTINGS).exists()
-    if adapter is not None:
-        check_digests(Path(adapter))
     tokenizer = chat.load_tokenizer(adapter if own else companions_of(model))
     if (trained := tokenizer.init_kwargs.get(TEXT_EOS)) is not None:
         tokenizer.eos_token = trained

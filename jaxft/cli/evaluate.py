@@ -9,18 +9,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
-from jaxft.cli.command import add_model_options, base_of, exit_code, load_tokenizer, local, mesh_of
+from jaxft.cli.command import add_model_options, base_of, check_adapter, exit_code, load_tokenizer, local, mesh_of
 from jaxft.config import DatasetConfig
 from jaxft.data.chat import Renderer
 from jaxft.data.formats import FORMATS
 from jaxft.data.prepare import prepare
 from jaxft.data.tokenized import check_vocabulary
 from jaxft.evaluation.loss import Score, score
-from jaxft.hub.digests import check_digests
 from jaxft.hub.model_files import read_config
-from jaxft.hub.peft import load_adapter, read_adapter_config
+from jaxft.hub.peft import load_adapter
 from jaxft.hub.resolve import resolve_model
 from jaxft.models.hf_config import decoder_config
 from jaxft.sharding import hosts
@@ -68,9 +66,7 @@ def _run(options: argparse.Namespace) -> None:
     mesh = mesh_of(options)
     resolved = resolve_model(options.model, options.revision)
     directory = resolved.path
-    if options.adapter is not None:
-        check_digests(Path(options.adapter))
-        read_adapter_config(Path(options.adapter))  # both complain before weights are read
+    check_adapter(options.adapter)
     data = prepare(
         [DatasetConfig(path=options.data, type=options.type, columns=options.columns)],
         Renderer(load_tokenizer(directory, options.adapter), options.chat_template),

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,9 @@ from jaxft.hub.consumers import Adapter, adapter_of, consumers
 from jaxft.hub.digests import write_digests
 from jaxft.hub.load import load_model, open_model
 from jaxft.hub.model_files import config_file, open_weights, read_config, read_json
-from jaxft.hub.peft import CONFIG_FILE, TENSOR_STEM, base_of, load_adapter, save_adapter
+from jaxft.hub.peft import TENSOR_STEM, base_of, load_adapter, save_adapter
+from jaxft.hub.peft_config import CONFIG_FILE
+from jaxft.hub.resolve import is_repo_id
 from jaxft.hub.save import copy_companions, save_model
 from jaxft.hub.stage import staged
 from jaxft.hub.tokenizer_files import write_json
@@ -35,7 +38,7 @@ from jaxft.models.config import Source
 from jaxft.models.decoder import Decoder, describe_model, parameters
 from jaxft.sharding import hosts
 from jaxft.training.companions import dress
-from jaxft.training.export import template_name
+from jaxft.training.export import data_digests, template_name
 from jaxft.training.result import Run, find_base, open_result
 
 logger = logging.getLogger(__name__)
@@ -44,12 +47,34 @@ DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = 1e-5  # between logits before and after writing, relative to the largest
 
 
-def write_adapter(run: Run, directory: Path, source: Source, base_name: str | None, fold: bool) -> Adapter:
+class BaseName(NamedTuple):
+    """What an export calls its base: a repository and its commit if known, or an absolute path."""
+
+    name: str
+    revision: str | None
+
+
+def base_name(run: Run, source: Source | None, given: str | None) -> BaseName:
+    """What was asked for, else the repository at the commit that was trained on, else where the base is now.
+
+    Args:
+        source: the base as it was found; None: it was not looked for.
+        given: ORG/NAME or an absolute path; None: nothing was asked for.
+    """
+    if given is not None:
+        return BaseName(given, None)
+    recorded = run.record["base"]
+    if recorded["revision"] is not None:  # the same weights, wherever a copy of them is
+        return BaseName(recorded["name"], recorded["revision"])
+    return BaseName(recorded["path"], None) if source is None else BaseName(*base_of(source))
+
+
+def write_adapter(run: Run, directory: Path, source: Source, called: BaseName, fold: bool) -> Adapter:
     """The adapter as PEFT reads it, with tokenizer and template. Reads no weights of the base.
 
     Args:
         source: the base.
-        base_name: what the adapter is to call its base; None: where it is.
+        called: what the adapter is to call it.
         fold: in the form that every reader scales alike (`jaxft.adapters.portable`).
     """
     base = describe_model(open_model(Path(source.path))[0], "float32", None)
@@ -61,29 +86,25 @@ def write_adapter(run: Run, directory: Path, source: Source, base_name: str | No
     else:
         for name in (CONFIG_FILE, f"{TENSOR_STEM}.safetensors"):
             shutil.copyfile(run.result / name, directory / name)
-    commit = run.record["base"]["revision"]
-    name, revision = (base_name, None) if base_name is not None else base_of(source)
-    if base_name is None and commit is not None:  # the same weights, wherever a copy of them is
-        name, revision = run.base_name, commit
     settings = read_json(directory / CONFIG_FILE)
-    settings |= {"base_model_name_or_path": name, "revision": revision}
+    settings |= {"base_model_name_or_path": called.name, "revision": called.revision}
     write_json(directory / CONFIG_FILE, dict(sorted(settings.items())))
     copy_companions(run.result, directory)
     dress(directory, run.record["chat_template"], run.record["stop_tokens"], base.config.vocab_size)
-    adapter = adapter_of(model, Path(name if base_name is not None else source.path))
-    write_card(directory, card_of(run, name, revision, adapter))
+    adapter = adapter_of(model, Path(called.name))
+    write_card(directory, card_of(run, called, adapter))
     write_digests(directory)
     return adapter
 
 
-def write_merged(run: Run, directory: Path, dtype: str | None, source: Source | None, base_name: str | None) -> str:
+def write_merged(run: Run, directory: Path, dtype: str | None, source: Source | None, called: BaseName) -> str:
     """A model of its own; returns the dtype of its weights.
 
     By default that is the dtype of the checkpoint that was adapted, or the one that a full training computed in.
 
     Args:
         source: the base of an adapter.
-        base_name: what the model card is to call the base.
+        called: what the model card is to call the base.
 
     Raises:
         ValueError: the weights do not fit `dtype`.
@@ -109,18 +130,22 @@ def write_merged(run: Run, directory: Path, dtype: str | None, source: Source | 
         raise ValueError(f"what was written to disk differs from the merged model: logits by up to {difference:g}")
     copy_companions(run.result, directory)
     dress(directory, run.record["chat_template"], run.record["stop_tokens"], rows)
-    name, revision = (base_name, None) if base_name is not None else (run.base_name, run.record["base"]["revision"])
-    write_card(directory, card_of(run, name, revision, None))
+    write_card(directory, card_of(run, called, None))
     return dtype
 
 
-def card_of(run: Run, base: str, revision: str | None, adapter: Adapter | None) -> Card:
+def card_of(run: Run, called: BaseName, adapter: Adapter | None) -> Card:
     """What the model card of an export says."""
     record = run.record
-    data = {name: record["fingerprints"][name] for name in ("data", "held-out data") if name in record["fingerprints"]}
-    template = template_name(run.config, record["chat_template"])
     return Card(
-        run.path.absolute().name, base, revision, adapter, record["stop_tokens"], template, data, record["versions"]
+        title=run.path.absolute().name,
+        base=called.name,
+        revision=called.revision,
+        adapter=adapter,
+        stops=record["stop_tokens"],
+        template=template_name(run.config, record["chat_template"]),
+        data=data_digests(record["fingerprints"], record["data"]["held_out"]),
+        versions=record["versions"],
     )
 
 
@@ -137,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, type=local, metavar="DIR", help="new or empty")
     add("--portable", action="store_true", help="with peft: a form that llama.cpp and SGLang scale as PEFT does")
     add("--base", type=local, metavar="DIR", help="where the base is now, if it was moved since the training")
-    add("--base-name", metavar="NAME", help="what the export calls its base (default: its repository or directory)")
+    add("--base-name", metavar="NAME", help="what the export calls its base: ORG/NAME or /DIR (default: where it is)")
     add("--dtype", choices=DTYPES, help="of merged weights (default: as in the base's checkpoint)")
     return parser
 
@@ -147,21 +172,24 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError("--dtype is for --format merged; an adapter stays in float32, as it was trained")
     if options.format == "merged" and options.portable:
         raise ValueError("--portable is for --format peft; a merged model has no adapter to be scaled")
-    if options.base_name is not None and not options.base_name.strip():
-        raise ValueError("--base-name is empty; give ORG/NAME or a directory")
+    given = options.base_name
+    if given is not None and not (given.startswith("/") or is_repo_id(given)):
+        raise ValueError(f"--base-name {given!r} is no repository and no absolute path; give ORG/NAME or /DIR")
     if not hosts.is_writer():
         return  # there is nothing to share out: one host has room for the model, or none has
     run, output = open_result(Path(options.run)), Path(options.output)
     if options.format == "peft" and run.full:
         raise ValueError(f"{run.path}: the run trained every weight (adapter: none); use --format merged")
+    if run.full and options.base:
+        raise ValueError(f"--base is where the base of an adapter is; {run.path} trained every weight and needs none")
     source = None if run.full else find_base(run, options.base)
-    told = []
+    called, told = base_name(run, source, given), []
     with staged(output) as stage, _host():
         if options.format == "peft":
-            told = consumers(write_adapter(run, stage, source, options.base_name, options.portable))
-            what = f"PEFT adapter for {options.base_name or run.base_name}"
+            told = consumers(write_adapter(run, stage, source, called, options.portable))
+            what = f"PEFT adapter for {called.name}{f' at {called.revision}' if called.revision else ''}"
         else:
-            what = f"merged model, {write_merged(run, stage, options.dtype, source, options.base_name)}"
+            what = f"merged model, {write_merged(run, stage, options.dtype, source, called)}"
             told = _left_behind(source)
     print(f"wrote {output}: {what}", *told, sep="\n")
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxft.cli.command import (
     add_model_options,
     base_of,
+    check_adapter,
     end_of_turn,
     exit_code,
     load_tokenizer,
@@ -53,6 +54,7 @@ def _run(options: argparse.Namespace) -> None:
     mesh = mesh_of(options)
     resolved = resolve_model(options.model, options.revision)
     directory = resolved.path
+    check_adapter(options.adapter)
     tokenizer = load_tokenizer(directory, options.adapter)
     eos_ids = stop_ids(directory, options.adapter, tokenizer)
     if options.chat:

@@ -9,6 +9,9 @@ from pathlib import Path
 from jaxft.hub.consumers import Adapter, consumers, vllm_rank
 from jaxft.hub.digests import CARD_FILE
 
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+"""Where a chat template may be; else it is in tokenizer_config.json."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -36,8 +39,9 @@ class Card:
 
 
 def write_card(directory: Path, card: Card) -> None:
-    """Write it as README.md."""
-    (directory / CARD_FILE).write_text(f"{_front(card)}\n{_body(card)}", encoding="utf-8")
+    """Write it as README.md, beside the tokenizer and the chat template."""
+    file = next((name for name in TEMPLATE_FILES if (directory / name).exists()), "tokenizer_config.json")
+    (directory / CARD_FILE).write_text(f"{_front(card)}\n{_body(card, file)}", encoding="utf-8")
 
 
 def _front(card: Card) -> str:
@@ -61,7 +65,7 @@ def _front(card: Card) -> str:
     return "\n".join(["---", *lines, "---", ""])
 
 
-def _body(card: Card) -> str:
+def _body(card: Card, template_file: str) -> str:
     kind = "A whole model" if card.adapter is None else "An adapter (PEFT)"
     at = f" at commit `{card.revision}`" if card.revision else ""
     stops = ", ".join(f"`{token}` ({index})" for token, index in card.stops.items()) or "none is known"
@@ -71,7 +75,7 @@ def _body(card: Card) -> str:
         f"{kind}, fine-tuned with jaxft.",
         "",
         f"- Base: `{card.base}`{at}.",
-        f"- Chat template: {'none' if card.template is None else f'{card.template} (chat_template.jinja)'}.",
+        f"- Chat template: {'none' if card.template is None else f'{card.template} ({template_file})'}.",
         f"- Texts end with: {stops}. The first is the tokenizer's `eos_token`; `generation_config.json` names all.",
         *(f"- SHA-256 of the {name}: `{digest}`." for name, digest in card.data.items()),
         f"- Made with: {', '.join(f'{name} {version}' for name, version in card.versions.items())}.",
@@ -79,15 +83,17 @@ def _body(card: Card) -> str:
     if card.adapter is not None and (told := consumers(card.adapter)):
         lines += ["", "Not every program takes this adapter as it is (the options are those of jaxft's export.py):", ""]
         lines += [f"- {line}." for line in told]
+    if card.adapter is not None and card.adapter.gguf:  # nothing loads this base
+        return "\n".join([*lines, ""])
     lines += ["", "In these commands DIR is this directory.", ""]
-    lines += _model_commands(card) if card.adapter is None else _adapter_commands(card, card.adapter)
+    lines += _model_commands(card) if card.adapter is None else _adapter_commands(card, card.adapter, template_file)
     return "\n".join([*lines, ""])
 
 
-def _adapter_commands(card: Card, adapter: Adapter) -> list[str]:
+def _adapter_commands(card: Card, adapter: Adapter, template_file: str) -> list[str]:
     base, chat = shlex.quote(card.base), card.template is not None
     at = f" --revision {card.revision}" if card.revision else ""
-    local = f'"$(hf download {base}{at})"' if card.revision else base
+    local = base if card.base.startswith("/") else f'"$(hf download {base}{at})"'
     lines = ["PEFT:", "", *_code("python", _python("peft", "AutoPeftModelForCausalLM", chat))]
     if adapter.use_dora or adapter.transposed:
         return lines
@@ -99,7 +105,7 @@ def _adapter_commands(card: Card, adapter: Adapter) -> list[str]:
         convert = [
             f"python convert_hf_to_gguf.py {local} --outfile base.gguf",
             f"python convert_lora_to_gguf.py DIR --base {local} --outfile adapter.gguf",
-            f"llama-cli -m base.gguf --lora adapter.gguf{_llama_template(chat)}",
+            f"llama-cli -m base.gguf --lora adapter.gguf{_llama_template(template_file) if chat else ''}",
         ]
         lines += ["", "llama.cpp, whose converter must be told where a local copy of the base is:", ""]
         lines += _code("bash", "\n".join(convert))
@@ -116,8 +122,9 @@ def _model_commands(card: Card) -> list[str]:
     ]
 
 
-def _llama_template(chat: bool) -> str:
-    return " --jinja --chat-template-file DIR/chat_template.jinja" if chat else ""
+def _llama_template(file: str) -> str:
+    """The options for it: one that has no file of its own is the base's, which base.gguf holds."""
+    return f" --jinja --chat-template-file DIR/{file}" if file.endswith(".jinja") else " --jinja"
 
 
 def _python(package: str, model: str, chat: bool) -> str:

@@ -1,8 +1,8 @@
 """Read and write PEFT adapter directories: `adapter_config.json` and `adapter_model.safetensors`.
 
 PEFT itself ignores tensors it does not know and only warns of those it misses; here every key must fit a module and
-every selected module must have its keys. What a `LoraConfig` cannot say (biases, saved modules, initialisations that
-change the base) is refused.
+every selected module must have its keys. The settings are read as strictly (`jaxft.hub.peft_config`): what a
+`LoraConfig` cannot say (biases, saved modules, initialisations that change the base) is refused.
 """
 
 import json
@@ -20,8 +20,8 @@ from jaxft.adapters.attach import Factors, attach_factors, check_experts, factor
 from jaxft.adapters.targets import OUTPUT_HEAD, LoraConfig
 from jaxft.hub.checkpoint import Checkpoint
 from jaxft.hub.digests import check_digests, write_digests
-from jaxft.hub.kept import say
 from jaxft.hub.model_files import read_json
+from jaxft.hub.peft_config import CONFIG_FILE, read_adapter_config
 from jaxft.hub.peft_experts import PREFIX, flat, split, unflat, wrapper
 from jaxft.hub.safetensors_writer import write_safetensors
 from jaxft.hub.stage import staged_in
@@ -30,33 +30,11 @@ from jaxft.models.decoder import Decoder
 from jaxft.sharding.arrays import on_host
 from jaxft.sharding.hosts import is_writer
 
-CONFIG_FILE, TENSOR_STEM = "adapter_config.json", "adapter_model"
+TENSOR_STEM = "adapter_model"
 FINGERPRINT = "jaxft_base_fingerprint"
 HEAD_COPY = f"{PREFIX}{OUTPUT_HEAD}.base_layer.weight"
 """PEFT adds the unchanged output head to an adapter that targets it."""
 _PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
-
-_HARMLESS_INIT = (True, False, None, "gaussian", "orthogonal", "eva")
-_UNSUPPORTED = (
-    "modules_to_save",
-    "trainable_token_indices",
-    "layer_replication",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "arrow_config",
-    "use_bdlora",
-)
-_HONOURED = {
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias"),
-    *("fan_in_fan_out", "init_lora_weights"),
-}
-_ABOUT = {
-    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "peft_version"),
-    *("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
-}
-"""Keys that say where an adapter comes from, or how it was trained, and nothing of what it computes."""
 
 
 def load_adapter(model: Decoder, directory: str | Path, *, check_base: bool = True) -> Decoder:
@@ -98,42 +76,6 @@ def load_adapter(model: Decoder, directory: str | Path, *, check_base: bool = Tr
         factors[module] = Factors(**parts)
         _check_shapes(directory, module, factors[module], config.rank(module), shapes[module])
     return attach_factors(model, config, factors)
-
-
-def read_adapter_config(directory: Path) -> LoraConfig:
-    """The part of adapter_config.json that decides anything; refuses what cannot be honoured."""
-    path = directory / CONFIG_FILE
-    raw = read_json(path)
-    if raw.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {raw.get('peft_type')!r}; only LORA adapters are supported")
-    for option in _UNSUPPORTED:
-        if raw.get(option):
-            raise ValueError(f"{path}: {option}={raw[option]!r} is not supported; merge this adapter with PEFT instead")
-    if raw.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias={raw['bias']!r} is not supported: the base's biases stay frozen")
-    if raw.get("init_lora_weights", True) not in _HARMLESS_INIT:
-        raise ValueError(
-            f"{path}: init_lora_weights={raw['init_lora_weights']!r} changes the base's weights; convert the adapter "
-            "to plain LoRA first (in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
-        )
-    if not raw.get("target_modules") and not raw.get("target_parameters"):
-        raise ValueError(f"{path}: target_modules is missing")
-    if unknown := [key for key in raw if key not in _HONOURED | _ABOUT | {*_UNSUPPORTED} and raw[key]]:
-        say(f"{path}: keys unknown to jaxft have no effect: {', '.join(sorted(unknown))}")
-    return LoraConfig(
-        r=raw.get("r", 8),
-        lora_alpha=raw.get("lora_alpha", 8),
-        target_modules=raw.get("target_modules") or [],
-        target_parameters=raw.get("target_parameters") or [],
-        exclude_modules=raw.get("exclude_modules"),
-        layers_to_transform=_as_list(raw.get("layers_to_transform")),
-        layers_pattern=_as_list(raw.get("layers_pattern")),
-        lora_dropout=raw.get("lora_dropout") or 0.0,
-        use_rslora=bool(raw.get("use_rslora")),
-        use_dora=bool(raw.get("use_dora")),
-        rank_pattern=raw.get("rank_pattern") or {},
-        alpha_pattern=raw.get("alpha_pattern") or {},
-    )
 
 
 def save_adapter(model: Decoder, directory: str | Path) -> Path:
@@ -300,10 +242,6 @@ def _check_head_copy(model: Decoder, checkpoint: Checkpoint, directory: Path) ->
         return
     if not np.array_equal(checkpoint.read(HEAD_COPY).astype(weight.dtype), on_host(weight)):
         raise ValueError(f"{directory}: {HEAD_COPY} is not the base's output head: made for another base")
-
-
-def _as_list(value: Any) -> list | None:
-    return value if value is None or isinstance(value, list) else [value]
 
 
 def _plain(alpha: float) -> float | int:

@@ -93,6 +93,15 @@ def resolve_model(
     return ResolvedModel(path, revision=path.name)  # snapshots are named by their commit
 
 
+def is_repo_id(name: str) -> bool:
+    """Whether the Hub may have a repository of that name. No path that begins with a dot, a slash or ~ is one."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def is_gguf(path: Path) -> bool:
     """Whether a path is that of a model in one file, not of a directory."""
     return path.suffix == ".gguf" and not path.is_dir()

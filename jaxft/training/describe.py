@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxft.config import Config
-from jaxft.hub.peft import read_adapter_config
+from jaxft.hub.peft_config import read_adapter_config
 from jaxft.models.count import ParameterCount
 from jaxft.sharding.mesh import batch_ways
 from jaxft.training.inputs import Inputs

@@ -55,6 +55,11 @@ def template_name(config: Config, template: str | None) -> str | None:
     return "the run's own" if "{" in config.chat_template else Path(config.chat_template).name
 
 
+def data_digests(fingerprints: Mapping[str, str], held_out: int) -> dict[str, str]:
+    """SHA-256 of what was trained on, and of the examples held out, if there are any."""
+    return {name: fingerprints[name] for name in ("data", *["held-out data"] * bool(held_out))}
+
+
 def base_record(inputs: Inputs) -> dict[str, Any]:
     """Where the base is: what the config calls it, its absolute path, and the commit if it came from the Hub."""
     resolved = inputs.resolved
@@ -98,6 +103,6 @@ def _card(model: Decoder, inputs: Inputs, directory: RunDirectory, stops: Mappin
         adapter=None if config.adapter == "none" else adapter_of(model, inputs.resolved.path),
         stops=stops,
         template=template_name(config, inputs.chat_template),
-        data={name: record["fingerprints"][name] for name in ("data", "held-out data")},
+        data=data_digests(record["fingerprints"], inputs.data.report.held_out),
         versions=record["versions"],
     )

@@ -10,7 +10,8 @@ from jaxft.config_file import load_config
 from jaxft.hub.digests import digests, texts_by_name
 from jaxft.hub.load import config_fingerprint, fingerprint
 from jaxft.hub.model_files import open_files, read_json
-from jaxft.hub.peft import CONFIG_FILE, TENSOR_STEM
+from jaxft.hub.peft import TENSOR_STEM
+from jaxft.hub.peft_config import CONFIG_FILE
 from jaxft.hub.resolve import HubError, ResolvedModel, resolve_model
 from jaxft.models.config import Source
 
@@ -28,12 +29,6 @@ class Run:
     def full(self) -> bool:
         """Every weight was trained; the result is a model, not an adapter."""
         return self.config.adapter == "none"
-
-    @property
-    def base_name(self) -> str:
-        """What the base is called: a repository, or the absolute path of a directory or GGUF file."""
-        base = self.record["base"]
-        return base["name"] if base["revision"] is not None else base["path"]
 
 
 def open_result(directory: Path) -> Run:
@@ -107,7 +102,7 @@ def _where_it_was(run: Run) -> ResolvedModel:
 
 def _check_record(path: Path, record: dict[str, Any]) -> None:
     """Refuse a `run.json` that lacks what an export needs, or holds something else in its place."""
-    needed = {"fingerprints", "result_sha256", "chat_template", "base", "stop_tokens", "versions"}
+    needed = {"fingerprints", "result_sha256", "chat_template", "base", "stop_tokens", "versions", "data"}
     if lacking := needed - record.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(lacking))}: damaged, or of another version")
     prints, base, template = record["fingerprints"], record["base"], record["chat_template"]
@@ -115,6 +110,7 @@ def _check_record(path: Path, record: dict[str, Any]) -> None:
         "fingerprints": texts_by_name(prints) and {"base", "base config", "chat template"} <= prints.keys(),
         "result_sha256": texts_by_name(record["result_sha256"]),
         "versions": texts_by_name(record["versions"]),
+        "data": isinstance(record["data"], dict) and type(record["data"].get("held_out")) is int,
         "chat_template": template is None or isinstance(template, str),
         "base": isinstance(base, dict)
         and all(isinstance(base.get(key), str) for key in ("name", "path"))

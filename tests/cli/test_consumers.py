@@ -206,6 +206,7 @@ def test_cards_are_read_and_tell_no_secrets(runs, tmp_path):
             assert told in body, told
         assert ("convert_lora_to_gguf.py DIR --base" in body) == (name == "lora")
         assert "chats.jsonl" not in text
+        assert (record["data"]["held_out"], record["fingerprints"]["held-out data"] in body) == (1, True)
 
 
 def test_the_program_on_the_card_runs_and_stops(runs, tmp_path, capsys):

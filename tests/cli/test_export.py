@@ -125,6 +125,7 @@ def finish(run: Path, model: Decoder, settings: dict, template: str) -> None:
             "chat template": hashlib.sha256(template.encode()).hexdigest(),
         },
         "versions": {"jaxft": "0"},
+        "data": {"held_out": 0},
         "chat_template": template,
         "stop_tokens": stops,
         "base": {"name": model.source.name, "path": model.source.path, "revision": None},
@@ -316,6 +317,7 @@ def test_full_run(full_run, tmp_path, capsys):
         assert (output / name).read_bytes() == (full_run / "model" / name).read_bytes()
     assert main(full_run, "peft", tmp_path / "other") == 2
     assert "trained every weight" in capsys.readouterr().err
+    refused(full_run, "merged", tmp_path / "based", "--base is where the base of an adapter is", capsys, "--base", "x")
 
 
 # What is refused
@@ -381,6 +383,7 @@ FAULTS = {
         "is damaged: result_sha256 lacks adapter_config.json, adapter_model.safetensors",
     ),
     "no-versions": (lambda run: edit_json(run / "run.json", versions=None), "is damaged: versions holds"),
+    "no-account": (lambda run: edit_json(run / "run.json", data={"held_out": "2"}), "is damaged: data holds"),
     "stops-are-a-list": (lambda run: edit_json(run / "run.json", stop_tokens=[2]), "is damaged: stop_tokens holds"),
     "base-is-text": (lambda run: edit_json(run / "run.json", base="model"), "is damaged: base holds"),
     "a-list": (lambda run: (run / "run.json").write_text("[]"), "run.json: holds a list, not an object"),
@@ -454,11 +457,26 @@ def test_the_base_is_found_where_it_was_and_where_it_is_now(run, base, tmp_path,
     assert base_named(tmp_path / "a" / "out") == (str(base), None)
     edit_base(copy, path="/gone/model", name="base")
     refused(copy, "peft", tmp_path / "b", "(model_name_or_path: base). If it was moved, say with --base", capsys)
+    capsys.readouterr()
     exported(Path("run"), "peft", tmp_path / "c" / "out", "--base", "moved")
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'c' / 'out'}: PEFT adapter for {moved}\n"
     assert base_named(tmp_path / "c" / "out") == (str(moved), None)
     exported(Path("run"), "peft", tmp_path / "d" / "out", "--base", "moved", "--base-name", "org/model")
+    assert "PEFT adapter for org/model\n" in capsys.readouterr().out
     assert base_named(tmp_path / "d" / "out") == ("org/model", None)
-    refused(copy, "peft", tmp_path / "e", "--base-name is empty", capsys, "--base-name", " ")
+    assert '--base "$(hf download org/model)"' in (tmp_path / "d" / "out" / "README.md").read_text()
+    exported(Path("run"), "merged", tmp_path / "e" / "out", "--base", "moved")
+    assert f"Base: `{moved}`" in (tmp_path / "e" / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["", " ", "./model", "~/model", "../model", "a/b/c", "https://huggingface.co/a/b"])
+def test_refuses_a_name_that_means_something_else_elsewhere(run, tmp_path, capsys, name):
+    refused(run, "peft", tmp_path / "out", f"--base-name {name!r} is no repository", capsys, "--base-name", name)
+
+
+def test_a_name_is_a_repository_or_an_absolute_path(run, tmp_path):
+    for i, name in enumerate(("gpt2", "org/model-1.5_x", "/models/base")):
+        assert base_named(exported(run, "peft", tmp_path / str(i) / "out", "--base-name", name)) == (name, None)
 
 
 def test_a_base_of_the_hub_is_named_by_repository_and_commit(run, base, tmp_path, monkeypatch, capsys):

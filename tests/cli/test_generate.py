@@ -311,6 +311,23 @@ def test_a_prompt_without_tokens_is_refused_before_weights_are_loaded(chat_model
     assert err == "error: --prompt '' holds no token to go on from; give it a text\n"
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (None, "no such file; "),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"peft_type": "LORA", "target_modules": ["q_proj"], "r": "8"}, "r is '8'; it must be a whole number"),
+    ],
+)
+def test_an_adapter_is_refused_before_weights_are_loaded(chat_model, tmp_path, capsys, monkeypatch, settings, message):
+    monkeypatch.setattr("jaxft.cli.generate.base_of", lambda *_, **__: pytest.fail("weights were loaded"))
+    if settings is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    code, out, err = run(capsys, "--model", chat_model(), "--prompt", "the dog", "--adapter", tmp_path)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {tmp_path / 'adapter_config.json'}: {message}")
+
+
 @pytest.mark.parametrize("arguments", [[], ["--model", "x"], ["--model", "x", "--prompt", "y", "--dtype", "int3"]])
 def test_a_command_that_cannot_be_read(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
