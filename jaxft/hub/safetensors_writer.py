@@ -5,6 +5,7 @@ before a tensor is asked for.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -101,10 +102,11 @@ def nbytes_of(spec: ArraySpec) -> int:
 
 
 def require_space(directory: Path, size: int) -> None:
-    """Raise a `SafetensorsError` unless the disk of `directory` has `size` bytes free."""
+    """Raise an `OSError`, as the system would later, unless the disk of `directory` has `size` bytes free."""
     free = shutil.disk_usage(directory).free
     if size > free:
-        raise SafetensorsError(f"{directory}: {size} bytes are to be written, the disk has {free} free")
+        reason = f"{size} bytes are to be written, the disk has {free} free"
+        raise OSError(errno.ENOSPC, reason, str(directory))
 
 
 @contextlib.contextmanager

@@ -15,21 +15,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jaxft.hub.safetensors_writer import sync_directory
-from jaxft.limits import is_full, write_error
+from jaxft.limits import is_full, write_error, writing
 
 
 @contextmanager
 def staged(output: Path, replace: bool = False) -> Iterator[Path]:
     """A directory to write into, which comes to be at `output` when all is written, or not at all.
 
+    Where a link leads from there is where it comes to be.
+
     Raises:
         ValueError: something is there, and it is not to be replaced.
-        OSError: the disk is full; names `output`.
+        OSError: nothing can be written there, or the disk is full; names `output`.
     """
-    output = output.expanduser().absolute()
+    output = output.expanduser().resolve()
     if not replace and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output} is {'not empty' if output.is_dir() else 'a file'}; choose another --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if file := next((part for part in output.parents if part.exists() and not part.is_dir()), None):
+        raise ValueError(f"{output} cannot be written: {file} is a file; choose another --output")
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(output.parent, f".{output.name}.", output) as stage:
         yield stage
         if replace and output.exists():
@@ -68,23 +73,26 @@ def clear_stale(directory: Path, prefix: str = ".") -> list[Path]:
 def _temporary(parent: Path, prefix: str, output: Path) -> Iterator[Path]:
     """A locked directory in `parent`, gone afterwards, with what is in it unless it was moved away."""
     clear_stale(parent, prefix)
-    stage, lock = _locked_directory(parent, prefix)
+    stage, lock = _locked_directory(parent, prefix, output)
     try:
         yield stage
     except OSError as error:
-        if is_full(error):
-            raise OSError(error.errno, f"{output} could not be written: {write_error(error)}") from error
-        raise
+        if not is_full(error):
+            raise
+        while isinstance(error.__cause__, OSError):  # told already, with the name of a directory inside this one
+            error = error.__cause__
+        raise OSError(error.errno, f"{output} could not be written: {write_error(error)}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # what cannot be removed now is removed by `clear_stale`
         if lock is not None:
             os.close(lock)
 
 
-def _locked_directory(parent: Path, prefix: str) -> tuple[Path, int | None]:
+def _locked_directory(parent: Path, prefix: str, output: Path) -> tuple[Path, int | None]:
     while True:
         stage = parent / f"{prefix}{secrets.token_hex(4)}.tmp"
-        stage.mkdir()
+        with writing(output):
+            stage.mkdir()
         lock = _lock(stage, wait=True)
         if stage.exists():  # else `clear_stale` of another process came between
             return stage, lock

@@ -78,7 +78,55 @@ def test_a_full_disk_is_told_with_the_path(tmp_path, code):
         raise OSError(code, os.strerror(code))
     expected = f"{tmp_path / 'out'} could not be written: {os.strerror(code)}; make room there"
     assert str(error.value) == f"[Errno {code}] {expected}"
+    with pytest.raises(OSError) as error, staged(tmp_path / "out") as stage, staged_in(stage):
+        raise OSError(code, os.strerror(code))
+    assert str(error.value) == f"[Errno {code}] {expected}"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_is_followed(tmp_path):
+    """To an empty directory, or to where one is to be."""
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "absent"):
+        link = tmp_path / f"to {name}"
+        link.symlink_to(tmp_path / name)
+        with staged(link) as stage:
+            (stage / "whole").write_text("all of it")
+        assert link.is_symlink()
+        assert (tmp_path / name / "whole").read_text() == "all of it"
+    with (
+        pytest.raises(ValueError, match="empty is not empty; choose another --output"),
+        staged(link.with_name("to empty")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["file/out", "file/deeper/out"])
+def test_a_file_in_the_way_is_named(tmp_path, name):
+    (tmp_path / "file").write_text("x")
+    expected = f"{tmp_path / name} cannot be written: {tmp_path / 'file'} is a file; choose another --output"
+    with pytest.raises(ValueError) as error, staged(tmp_path / name):
+        pass
+    assert str(error.value) == expected
+
+
+@pytest.mark.parametrize("how", [staged, staged_in])
+def test_what_cannot_be_written_is_named_as_it_was_asked_for(tmp_path, monkeypatch, how):
+    """Not by the name of the directory beside it, of which nobody knows."""
+    (tmp_path / "out").mkdir()
+
+    make = Path.mkdir
+
+    def refuse(self, *args, **options):
+        if self.suffix == ".tmp":
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+        make(self, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OSError) as error, how(tmp_path / "out"):
+        pass
+    assert error.value.strerror == f"{tmp_path / 'out'} could not be written: Read-only file system"
+    assert error.value.filename is None
 
 
 def test_other_errors_pass_as_they_are(tmp_path):
