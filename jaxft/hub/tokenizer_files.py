@@ -51,6 +51,8 @@ def forget_text_eos(directory: Path) -> None:
 def set_stop_ids(directory: Path, ids: Sequence[int], rows: int) -> None:
     """Name these tokens in generation_config.json, and in config.json where that names any; other settings stay.
 
+    Without one, neither names any.
+
     Args:
         rows: of the embedding; a `pad_token_id` beyond is taken out.
     """
@@ -63,6 +65,8 @@ def set_stop_ids(directory: Path, ids: Sequence[int], rows: int) -> None:
                 continue
             if ids and (name != "config.json" or part.get("eos_token_id") is not None):
                 part["eos_token_id"] = value
+            elif not ids:
+                part.pop("eos_token_id", None)
             if isinstance(part.get("pad_token_id"), int) and part["pad_token_id"] >= rows:
                 del part["pad_token_id"]
         if path.exists() or (settings and name != "config.json"):

@@ -34,18 +34,29 @@ _SAMPLES = ("a", "The quick brown fox", "Zwölf Boxkämpfer\n\n  x = 1", "你好
 
 
 def stop_tokens(
-    base: Path, tokenizer: PreTrainedTokenizerBase, end_of_turn: Collection[int], learned: bool
+    base: Path, tokenizer: PreTrainedTokenizerBase, end_of_turn: Collection[int], learned: bool, rows: int
 ) -> dict[str, int]:
     """The tokens that end what the model writes: token -> id, first the one to be the tokenizer's `eos_token`.
+
+    Ids that the tokenizer or the embedding does not have, which some settings name, are left out with a warning.
 
     Args:
         base: directory or GGUF file of the model that was trained, whose own settings stay valid.
         end_of_turn: what ends an answer in the chat template.
         learned: whether examples taught it; texts and completions teach the tokenizer's own instead.
+        rows: of the embedding.
     """
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     first = [*end_of_turn, *own] if learned else [*own, *end_of_turn]
     ids = list(dict.fromkeys([*first, *eos_token_ids(base, None)]))
+    known = {index for index in tokenizer.get_vocab().values() if index < rows}
+    if unknown := [index for index in ids if index not in known]:
+        logger.warning(
+            "%s names ends of text that are no tokens of it, which are left out of the export: %s",
+            base,
+            ", ".join(map(str, unknown)),
+        )
+    ids = [index for index in ids if index in known]
     return dict(zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True))
 
 

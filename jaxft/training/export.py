@@ -31,7 +31,8 @@ def learned_stops(inputs: Inputs, end_of_turn: Collection[int]) -> dict[str, int
     """
     ends = list(end_of_turn)
     learned = any(bool((np.isin(one.tokens, ends) & one.loss_mask).any()) for one in inputs.data.train)
-    return stop_tokens(inputs.resolved.path, inputs.renderer.tokenizer, ends, learned)
+    rows = inputs.decoder.vocab_size
+    return stop_tokens(inputs.resolved.path, inputs.renderer.tokenizer, ends, learned, rows)
 
 
 def describe_stops(stops: Mapping[str, int]) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 from jaxft.config import Config
 from jaxft.config_file import load_config
+from jaxft.data.chat import load_tokenizer
 from jaxft.hub.digests import digests, texts_by_name
-from jaxft.hub.load import config_fingerprint, fingerprint
+from jaxft.hub.load import config_fingerprint, eos_token_ids, fingerprint
 from jaxft.hub.model_files import open_files, read_json
 from jaxft.hub.peft import TENSOR_STEM
 from jaxft.hub.peft_config import CONFIG_FILE
@@ -60,6 +61,7 @@ def open_result(directory: Path) -> Run:
                 f"{result / name} {fault}; put back a copy, or move {result.name}/ away and run the training "
                 "again with resume_from_checkpoint=true, which writes it from the last checkpoint"
             )
+    _check_stops(directory / "run.json", record["stop_tokens"], result)
     return Run(directory, config, record, result)
 
 
@@ -98,6 +100,13 @@ def _where_it_was(run: Run) -> ResolvedModel:
         return resolve_model(base["name"], base["revision"])
     except HubError as error:
         raise HubError(f"{error}\nOr say with --base where a copy is") from None
+
+
+def _check_stops(path: Path, stops: dict[str, int], result: Path) -> None:
+    """Refuse stop tokens that are not those of the result, whose files are as they were written."""
+    ids = load_tokenizer(result).convert_tokens_to_ids(list(stops))
+    if ids != list(stops.values()) or sorted(ids) != eos_token_ids(result, None):
+        raise ValueError(f"{path} is damaged: stop_tokens are not those of {result.name}/; put it back as it was")
 
 
 def _check_record(path: Path, record: dict[str, Any]) -> None:

@@ -114,7 +114,7 @@ def finish(run: Path, model: Decoder, settings: dict, template: str) -> None:
     (run / "config.yaml").write_text(load_config(settings).to_yaml())
     result = run / ("model" if settings.get("adapter") == "none" else "adapter")
     tokenizer = AutoTokenizer.from_pretrained(result)
-    stops = stop_tokens(Path(model.source.path), tokenizer, [2], learned=True)
+    stops = stop_tokens(Path(model.source.path), tokenizer, [2], learned=True, rows=LLAMA["vocab_size"])
     dress(result, template, stops, LLAMA["vocab_size"])
     record = {
         "finished": "2025-01-01T00:00:00+00:00",
@@ -385,6 +385,19 @@ FAULTS = {
     "no-versions": (lambda run: edit_json(run / "run.json", versions=None), "is damaged: versions holds"),
     "no-account": (lambda run: edit_json(run / "run.json", data={"held_out": "2"}), "is damaged: data holds"),
     "stops-are-a-list": (lambda run: edit_json(run / "run.json", stop_tokens=[2]), "is damaged: stop_tokens holds"),
+    "another-stop": (
+        lambda run: edit_json(run / "run.json", stop_tokens={"<|im_end|>": 3, "<|endoftext|>": 0}),
+        "is damaged: stop_tokens are not those of adapter/",
+    ),
+    "a-stop-lost": (
+        lambda run: edit_json(run / "run.json", stop_tokens={"<|im_end|>": 2}),
+        "stop_tokens are not those",
+    ),
+    "no-stops": (lambda run: edit_json(run / "run.json", stop_tokens={}), "stop_tokens are not those"),
+    "an-unknown-stop": (
+        lambda run: edit_json(run / "run.json", stop_tokens={"<|imend|>": 2, "<|endoftext|>": 0}),
+        "stop_tokens are not those",
+    ),
     "base-is-text": (lambda run: edit_json(run / "run.json", base="model"), "is damaged: base holds"),
     "a-list": (lambda run: (run / "run.json").write_text("[]"), "run.json: holds a list, not an object"),
 }

@@ -50,7 +50,7 @@ def dressed(base: Path, template: str | None = None, rows: int = 10**6, learned:
     """The files that a run with this template leaves."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     renderer = Renderer(tokenizer, template)
-    stops = stop_tokens(base, tokenizer, end_of_turn(renderer), learned)
+    stops = stop_tokens(base, tokenizer, end_of_turn(renderer), learned, rows)
     out = Path(shutil.copytree(base, base.parent / "out"))
     dress(out, renderer.template and renderer.template.source, stops, rows)
     return out
@@ -203,6 +203,23 @@ def test_a_missing_bos_is_told(base, caplog):
         edit(directory, add_bos_token=choice)
         assert (load_tokenizer(directory)("a").input_ids[0] == 1) == choice
     assert caplog.text == ""
+
+
+def test_ends_that_are_no_tokens_are_left_out_and_told(base, caplog):
+    """Beyond the tokenizer, within spare rows of the embedding or not, and beyond the embedding."""
+    before = base("SmolLM2-135M-Instruct", {"eos_token_id": [0, 49151, 49160, 60000]}, **BASE_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(before)
+    stops = stop_tokens(before, tokenizer, [2], True, 50000)
+    assert list(stops.items()) == [
+        ("<|im_end|>", 2),
+        ("<|endoftext|>", 0),
+        (tokenizer.convert_ids_to_tokens(49151), 49151),
+    ]
+    assert f"{before} names ends of text that are no tokens of it" in caplog.text
+    assert "left out of the export: 49160, 60000" in caplog.text
+    assert stop_tokens(before, tokenizer, [2], True, 3) == {"<|im_end|>": 2, "<|endoftext|>": 0}
+    dress(before, None, {}, 50000)
+    assert json.loads((before / "generation_config.json").read_text()) == {}
 
 
 # Tokens without a row
