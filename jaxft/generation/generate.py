@@ -7,7 +7,7 @@ have ended. Prompt and cache lengths are rounded up to multiples of `BUCKET`, so
 Axes: B rows, P prompt slots, S cache slots, V vocabulary.
 """
 
-import warnings
+import logging
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -25,6 +25,8 @@ from jaxft.models.ulysses import HEADS
 from jaxft.sharding.arrays import place
 from jaxft.sharding.layout import ways
 from jaxft.sharding.mesh import BATCH_AXES, batch_ways, row_sharding
+
+logger = logging.getLogger(__name__)
 
 BUCKET = 64
 
@@ -103,10 +105,11 @@ def generate(
             "look for NaN or inf in its weights and its adapter"
         )
     if full := [row for row in range(len(ids)) if count[row] == limits[row] < max_new_tokens]:
-        warnings.warn(
-            f"prompts {full}: the text ends before max_new_tokens ({max_new_tokens}), "
-            f"where the model's {model.config.rope.max_positions} positions are full",
-            stacklevel=2,
+        logger.warning(
+            "prompts %s: the text ends before max_new_tokens (%d), where the model's %d positions are full",
+            full,
+            max_new_tokens,
+            model.config.rope.max_positions,
         )
     return [new[:n].tolist() for new, n in zip(chosen, count, strict=True)]
 
