@@ -1,5 +1,6 @@
 """Put adapters on a model and take them off. The model given is left as it was; arrays are shared."""
 
+import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -9,10 +10,12 @@ import numpy as np
 from flax import nnx
 
 from jaxft.adapters.lora import LoRA, LoraSpec, row_squares
-from jaxft.adapters.targets import LoraConfig
+from jaxft.adapters.targets import LoraConfig, summary
 from jaxft.models.decoder import Decoder, modules
+from jaxft.models.embedding import Embedding
 from jaxft.models.experts import ExpertLinear
 from jaxft.models.linear import Linear
+from jaxft.models.norms import Norm
 from jaxft.sharding.arrays import on_host, place
 
 
@@ -82,17 +85,12 @@ def attach(model: Decoder, config: LoraConfig, key: jax.Array) -> Decoder:
     """The model with fresh adapters: A uniform in ±1/√in (Kaiming, a = √5), B zero, so that nothing changes yet.
 
     Raises:
-        ValueError: as `targets_of` and `check_experts`; a regular expression matches an output head that is the
-            embedding; or the model has adapters already.
+        ValueError: as `targets_of` and `check_experts`; a regular expression matches what gets no adapter, such as an
+            output head that is the embedding; or the model has adapters already.
     """
     model = _copy(model)
     chosen = targets_of(model, config)
-    (head,) = model.config.names("lm_head", None)
-    if model.lm_head is None and isinstance(config.target_modules, str) and config.chooses(head):
-        raise ValueError(
-            f"target_modules {config.target_modules!r} matches {head}, which this model shares with its embedding and "
-            f"which gets no adapter; leave it out of the expression: (?!{head}$)(?:{config.target_modules})"
-        )
+    _refuse_others(model, config)
     for index, site in enumerate(sites(model)):
         spec = _spec(site, config, chosen)
         if spec is None:
@@ -112,6 +110,28 @@ def attach(model: Decoder, config: LoraConfig, key: jax.Array) -> Decoder:
         _install(site, spec, A, B, None)
     check_experts(model)
     return model
+
+
+def _refuse_others(model: Decoder, config: LoraConfig) -> None:
+    """A regular expression may match linear layers only: PEFT refuses norms, and would adapt an embedding."""
+    if not isinstance(config.target_modules, str) or config.target_modules == "all-linear":
+        return
+    (head,) = model.config.names("lm_head", None)
+    tied = model.lm_head is None and config.chooses(head)
+    if others := [name for name in _without_adapter(model) if config.chooses(name)] + [head] * tied:
+        why = f" ({head} is the embedding of this model)" if tied else ""
+        endings = dict.fromkeys(re.escape(name.rpartition(".")[2]) for name in others)
+        raise ValueError(
+            f"target_modules {config.target_modules!r} matches what gets no adapter: {summary(others)}{why}; leave it "
+            f"out of the expression: (?!(?:.*\\.)?(?:{'|'.join(endings)})$)(?:{config.target_modules})"
+        )
+
+
+def _without_adapter(model: Decoder) -> Iterator[str]:
+    """Names of the modules that have weights and are no linear layers."""
+    for name, layers, module in modules(model):
+        if isinstance(module, Embedding | Norm):
+            yield from model.config.names(name, layers)
 
 
 def attach_factors(model: Decoder, config: LoraConfig, factors: dict[str, Factors]) -> Decoder:

@@ -43,7 +43,7 @@ class LoraConfig:
         chosen = [name for name in modules if self.chooses(name)]
         if not chosen and not self.target_parameters:
             raise ValueError(
-                f"target_modules {self.target_modules!r} matches no linear layer; there are: {_summary(modules)}"
+                f"target_modules {self.target_modules!r} matches no linear layer; there are: {summary(modules)}"
             )
         listed = [] if isinstance(self.target_modules, str) else self.target_modules
         for option, targets, names in (
@@ -53,12 +53,12 @@ class LoraConfig:
             for target in targets:
                 if not any(_matches([target], name) for name in names):
                     what = "linear layer" if names is modules else "experts of one tensor"
-                    raise ValueError(f"{option}: {target!r} matches no {what}; there are: {_summary(names) or 'none'}")
+                    raise ValueError(f"{option}: {target!r} matches no {what}; there are: {summary(names) or 'none'}")
         chosen += [name for name in parameters if _matches(self.target_parameters, name)]
         for option in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, option):
                 if not any(ends_with(pattern, name) for name in chosen):
-                    raise ValueError(f"{option}: {pattern!r} matches none of the targets: {_summary(chosen)}")
+                    raise ValueError(f"{option}: {pattern!r} matches none of the targets: {summary(chosen)}")
         return chosen
 
     def chooses(self, module: str) -> bool:
@@ -110,6 +110,6 @@ def _lookup(patterns: Mapping[str, float], module: str, default: float) -> float
     return next((value for pattern, value in patterns.items() if ends_with(pattern, module)), default)
 
 
-def _summary(modules: Iterable[str]) -> str:
+def summary(modules: Iterable[str]) -> str:
     """Module names with numbers of layers and experts folded: `model.layers.*.mlp.up_proj`."""
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in modules))

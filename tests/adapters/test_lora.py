@@ -1,5 +1,7 @@
 """Adapters beside their formulas and PEFT's own layers; what stays zero, and what a fresh one changes."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -324,9 +326,22 @@ def test_row_squares_of_a_stack_are_those_of_each(form):
     np.testing.assert_allclose(row_squares(weight), np.sum(np.square(dense), axis=-1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("targets", [r".*", r"lm_head|.*\.q_proj", r"(.*\.)?lm_\w+|.*v_proj"])
-def test_an_expression_that_matches_a_head_that_is_the_embedding_is_refused(random_checkpoint, targets):
-    """The advice in the message works, and so does an exception; a head of its own gets its adapter."""
+LAYERS = "model.layers.*.input_layernorm, model.layers.*.post_attention_layernorm"
+
+
+@pytest.mark.parametrize(
+    "targets, others",
+    [
+        (r"lm_head|.*\.q_proj", ""),
+        (r"(.*\.)?lm_\w+|.*v_proj", ""),
+        (r"(lm_head|.*(input_layernorm|k_proj))", "model.layers.*.input_layernorm"),
+        (r"(model\.embed_tokens|lm_head|.*o_proj)", "model.embed_tokens"),
+        (r".*", f"model.embed_tokens, {LAYERS}, model.norm"),
+    ],
+)
+def test_an_expression_that_matches_what_gets_no_adapter_is_refused(random_checkpoint, targets, others):
+    """An embedding, norms, and a head that is the embedding. The advice in the message works, and so does an exception;
+    a head of its own gets its adapter."""
     llama = {
         "model_type": "llama",
         "vocab_size": 32,
@@ -338,9 +353,18 @@ def test_an_expression_that_matches_a_head_that_is_the_embedding_is_refused(rand
     }
     tied, untied = (jaxft.load_model(random_checkpoint(llama | {"tie_word_embeddings": tie})) for tie in (True, False))
     key = jax.random.key(0)
-    with pytest.raises(ValueError, match="lm_head, which this model shares with its embedding") as error:
+    found = f"{others}{', ' * bool(others)}lm_head"
+    with pytest.raises(ValueError, match=re.escape(f"adapter: {found} (lm_head is the embedding")) as error:
         attach(tied, LoraConfig(2, 4, targets), key)
-    advised = str(error.value).rpartition("expression: ")[2]
-    without = factors_of(attach(tied, LoraConfig(2, 4, advised), key)).keys()
-    assert without == factors_of(attach(tied, LoraConfig(2, 4, targets, exclude_modules=["lm_head"]), key)).keys()
+    without = factors_of(attach(tied, LoraConfig(2, 4, advised(error)), key)).keys()
+    exceptions = [name.rpartition(".")[2] for name in found.split(", ")]
+    assert without == factors_of(attach(tied, LoraConfig(2, 4, targets, exclude_modules=exceptions), key)).keys()
+    if others:
+        with pytest.raises(ValueError, match=re.escape(f"adapter: {others}; leave it out")) as error:
+            attach(untied, LoraConfig(2, 4, targets), key)
+        targets = advised(error)
     assert factors_of(attach(untied, LoraConfig(2, 4, targets), key)).keys() == without | {"lm_head"}
+
+
+def advised(error: pytest.ExceptionInfo) -> str:
+    return str(error.value).rpartition("expression: ")[2]
