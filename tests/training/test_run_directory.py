@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from jaxft.config import Config
+from jaxft.hub.stage import staged
 from jaxft.training import run_directory
 from jaxft.training.run_directory import RunDirectoryError, check_same, check_vacant, open_run
 from jaxft.training.same_run import FREE_KEYS, LENGTH_KEYS, ROUNDING_KEYS
@@ -255,6 +256,14 @@ def test_other_rows_of_an_update_are_refused_with_what_would_fit(tmp_path, caplo
     assert not caplog.records, "nothing is said of a run that does not go on"
 
 
+@pytest.mark.parametrize("recorded", ["x", None, 8, {"a": 1}])
+def test_rows_that_were_not_recorded_as_a_number_are_a_change_like_any_other(tmp_path, recorded):
+    with start(tmp_path, fingerprints={"rows of an update": recorded}) as run:
+        (run.checkpoints / "5").mkdir(parents=True)
+    with pytest.raises(RunDirectoryError, match=r"the rows of an update.* changed: "):
+        start(tmp_path, resume=True, fingerprints={"rows of an update": "4"})
+
+
 def test_keys_that_lost_or_never_had_an_effect_are_no_changes(tmp_path):
     """They are not in the written config, or are, where an earlier version wrote all keys."""
     started(tmp_path)
@@ -284,6 +293,18 @@ def test_a_record_with_something_else_in_it_is_damaged(tmp_path, key):
         (tmp_path / "run.json").write_text(json.dumps(record | {key: value}))
         with pytest.raises(RunDirectoryError, match=rf"run\.json is damaged \({key} is {json.dumps(value)}\)"):
             start(tmp_path, resume=True)
+
+
+def test_a_number_of_updates_that_is_none_is_damage(tmp_path):
+    """It is written after the others, so it may be missing."""
+    record = started(tmp_path)
+    for value in (None, "8", 8.5, [8]):
+        (tmp_path / "run.json").write_text(json.dumps(record | {"updates": value}))
+        with pytest.raises(RunDirectoryError, match=r"run\.json is damaged \(updates is "):
+            start(tmp_path, resume=True)
+    (tmp_path / "run.json").write_text(json.dumps(record | {"updates": 8}))
+    with start(tmp_path, resume=True) as run:
+        assert run.record["updates"] == 8
 
 
 @pytest.mark.parametrize("text", ['{"run_id": "x', "[]", '{"run_id": "x"}', "\0" * 50])
@@ -352,13 +373,14 @@ def test_a_finished_run_is_not_started_again(tmp_path):
             check_same(other, True, config(), FINGERPRINTS)
 
 
-def test_what_a_kill_in_the_export_left_is_removed(tmp_path):
+def test_what_a_kill_in_an_export_left_is_removed_but_not_what_is_being_exported(tmp_path):
     started(tmp_path)
-    for name in (".adapter.5d2f.tmp", ".model.aa.tmp", "adapter"):
+    for name in (".adapter.5d2f0a1b.tmp", ".model.0123abcd.tmp", "adapter"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_text("x")
-    with start(tmp_path, resume=True):
-        assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["adapter", "checkpoints"]
+    with staged(tmp_path / "merged") as live, start(tmp_path, resume=True):
+        there = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+        assert there == [live.name, "adapter", "checkpoints"]
 
 
 # A look ahead
