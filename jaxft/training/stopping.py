@@ -98,7 +98,8 @@ def leaving(when: str = "", code: int | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook = hook
+        if sys.unraisablehook is unraisable:  # else another was put over it meanwhile, which is to stay
+            sys.unraisablehook = hook
         _restore(previous)
 
 

@@ -155,6 +155,16 @@ def test_ignored_hangups_stay_ignored(tmp_path):
 # Settings that are none
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+def test_libraries_that_find_no_room_are_one_line(tmp_path):
+    script = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
+    done = run(["sh", "-c", f"ulimit -v 1000000; exec {sys.executable} {script} --help"], tmp_path, capture_output=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: no memory left")
+    assert "limited to 1.0 GB; lift the limit (`ulimit -v unlimited`" in line
+
+
 def test_a_setting_that_jax_does_not_understand_is_one_line(tmp_path):
     script = Path(__file__).resolve().parents[2] / "scripts" / "generate.py"
     done = run(

@@ -114,6 +114,21 @@ def test_outside_the_main_thread_signals_are_left_alone():
     assert seen == [(handlers, False)]
 
 
+def test_what_others_do_with_swallowed_exceptions_stays(monkeypatch):
+    """They keep quiet about threads that outlive the run."""
+    before, theirs = [lambda found: None for _ in range(2)]
+    monkeypatch.setattr(sys, "unraisablehook", before)
+    with leaving(), leaving():
+        assert sys.unraisablehook is not before
+    assert sys.unraisablehook is before
+    with leaving():
+        sys.unraisablehook = theirs
+        with leaving():
+            pass
+        assert sys.unraisablehook is theirs
+    assert sys.unraisablehook is theirs
+
+
 SWALLOWED = """
 import gc, os, signal, sys
 from jaxft.training.stopping import leaving
