@@ -1,8 +1,7 @@
 """The output directory: one run, one owner, and proof that a resumed run is the run that was started.
 
 `run.json` and, beside it, `config.yaml` record what the run was started with; it resumes only where that is as it was
-(`jaxft.training.same_run`). A lock, which the kernel releases when its process
-dies, keeps a second run out.
+(`jaxft.training.same_run`). A lock, which the kernel releases when its process dies, keeps a second run out.
 
 Of several processes the first owns the directory and writes; the others know what it holds.
 """
