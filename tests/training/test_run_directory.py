@@ -173,7 +173,7 @@ def test_a_fingerprint_more_or_less_is_a_change(tmp_path):
         ({"seed": 7}, "seed: 42 -> 7"),
         ({"warmup_steps": 10}, "warmup_steps: 0 -> 10"),
         ({"early_stopping_patience": 2}, "early_stopping_patience: null -> 2"),
-        ({"datasets": ["b.jsonl"]}, "datasets.0.path: a.jsonl -> b.jsonl"),
+        ({"datasets": [{"path": "a.jsonl", "type": "text"}]}, "datasets.0.type: null -> text"),
         ({"datasets": ["a.jsonl", "b.jsonl"]}, "datasets.1.path: nothing -> b.jsonl"),
         ({"lora_target_modules": ["q_proj"]}, "lora_target_modules: all-linear -> nothing"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern.q_proj: nothing -> 4"),
@@ -184,6 +184,33 @@ def test_a_changed_config_is_refused_key_by_key(tmp_path, changes, line):
     with pytest.raises(RunDirectoryError, match="not the run that was started there") as raised:
         start(tmp_path, resume=True, **changes)
     assert f"\n  {line}\n" in str(raised.value)
+
+
+PLACES = {
+    "model_name_or_path": "/elsewhere/m",
+    "model_revision": "v1",
+    "adapter_name_or_path": "/elsewhere/a",
+    "chat_template": "/elsewhere/c.jinja",
+    "datasets": ["/elsewhere/a.jsonl"],
+    "eval_datasets": ["/elsewhere/e.jsonl"],
+}
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_what_is_the_same_may_lie_elsewhere(tmp_path, caplog, key):
+    """On another machine, whose paths are others. The fingerprints say what lies there."""
+    before = {"adapter_name_or_path": "a"} if key == "adapter_name_or_path" else {}
+    with start(tmp_path, **before) as run:
+        (run.checkpoints / "5").mkdir(parents=True)
+    name = f"{key}.0.path" if key.endswith("datasets") else key
+    with pytest.raises(RunDirectoryError, match=rf"the data changed: (.|\n)*  {name}: .* -> "):
+        start(tmp_path, resume=True, fingerprints={**FINGERPRINTS, "data": "x"}, **{key: PLACES[key]})
+    assert not caplog.records
+    with start(tmp_path, resume=True, **{key: PLACES[key]}) as run:
+        assert run.resumed
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith(f"resumed with another {name} (")
+    assert warning.endswith("): what lies there is the same")
 
 
 def test_all_changes_are_told_at_once(tmp_path):
