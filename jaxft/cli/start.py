@@ -16,10 +16,10 @@ def start(command: str) -> int:
     try:
         main = importlib.import_module(f"jaxft.cli.{command}").main
     except Exception as error:
-        settings = " ".join(f"{key}={value}" for key, value in os.environ.items() if key.startswith("JAX_"))
+        settings = " ".join(f"{key}={value}" for key, value in os.environ.items() if key.startswith("JAX"))
         if is_without_memory(error):  # libraries are mapped when they are imported
             told = without_memory(error)
-        elif isinstance(error, ValueError) and settings:  # JAX reads its settings then
+        elif isinstance(error, ValueError) and settings:  # JAX reads its settings then, and so does jaxft
             told = f"{error}; the environment has {settings}"
         else:
             raise
