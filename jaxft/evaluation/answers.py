@@ -42,7 +42,7 @@ def questions(examples: Sequence[Example], renderer: Renderer, count: int, posit
         question = (
             _of_completion(example, renderer) if isinstance(example, Completion) else _of_turns(example, renderer)
         )
-        if len(question.tokens) < positions:
+        if question is not None and len(question.tokens) < positions:
             asked.append(question)
     return asked
 

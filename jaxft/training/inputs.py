@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxft.adapters.attach import attach
 from jaxft.config import Config
 from jaxft.data.chat import Renderer, load_tokenizer
+from jaxft.data.formats import Text
 from jaxft.data.loader import Schedule
 from jaxft.data.prepare import Prepared, prepare
 from jaxft.data.tokenized import check_vocabulary
@@ -141,6 +142,8 @@ def gather(config: Config) -> Inputs:
     )
     check_vocabulary([*data.train, data.eval], decoder.vocab_size)
     _check_lengths(data, decoder.rope)
+    if config.exact_match_samples and all(isinstance(example, Text) for example in data.eval_examples):
+        logger.warning("exact_match_samples has no effect: held-out plain text asks nothing")
     schedule = Schedule(
         data.train,
         micro_batch_size=config.micro_batch_size * batch_ways(mesh),

@@ -402,6 +402,16 @@ def test_a_peak_that_is_never_reached(gathered, caplog, warmup_steps, warns):
     assert (told in caplog.text) == warns
 
 
+def test_plain_text_that_is_to_be_answered_is_told(gathered, write_chats, tmp_path, caplog):
+    text, chat = tmp_path / "text.jsonl", write_chats(tmp_path / "held_out.jsonl", 3, seed=9)
+    text.write_text('{"text": "the old dog"}\n')
+    told = "exact_match_samples has no effect: held-out plain text asks nothing"
+    for held_out, asked, expected in (([text], 0, False), ([text], 2, True), ([text, chat], 2, False)):
+        caplog.clear()
+        gathered(eval_datasets=[str(path) for path in held_out], exact_match_samples=asked)
+        assert (told in caplog.text) == expected
+
+
 @pytest.mark.parametrize(
     "changes, told",
     [
