@@ -7,9 +7,9 @@ here: after validation all spellings agree, and a dumped config loads to an equa
 other or have no effect is said in `jaxft.config_rules`. Files and command lines are the business of
 `jaxft.config_file`, the names that other trainers use that of `jaxft.config_names`.
 
-Paths are relative to the current directory and stay as written, but for `~`, which is home; addresses of buckets are no
-paths. Tokens have no key: the Hugging Face token
-comes from HF_TOKEN or `hf auth login`, and a value that looks like a token or a URL with a login is refused.
+Paths are relative to the current directory and stay as written, but for `~`, which is home; addresses of buckets and
+`$VARIABLES` are no paths. Tokens have no key: the Hugging Face token comes from HF_TOKEN or `hf auth login`, and a
+value that looks like a token or a URL with a login is refused.
 """
 
 import json

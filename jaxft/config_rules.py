@@ -68,6 +68,8 @@ def contradictions(config: Config) -> Iterator[str]:
     for place, dataset in enumerate(config.eval_datasets):
         if dataset.weight is not None:
             yield f"`weight` of eval_datasets.{place} has no effect, every held-out example counts once; drop it"
+    if config.mask_history and not config.assistant_only_loss:
+        yield "`mask_history` learns the last answer only, but `assistant_only_loss` is false: all tokens; keep one"
     if config.warmup_ratio and config.warmup_steps:
         yield "`warmup_ratio` and `warmup_steps` are both given; keep one"
     for key, why, asks in idle(config):

@@ -1,7 +1,7 @@
 """What the system refuses, told as that: memory, not a damaged file, and room on a disk, not an error number.
 
-Python says in three ways that there is no memory: by `MemoryError`, mostly without a word, by the errno ENOMEM of a
-file that cannot be mapped, and by a thread that cannot be started.
+Python says in four ways that there is no memory: by `MemoryError`, mostly without a word, by the errno ENOMEM of a
+file that cannot be mapped, by a library that cannot be, and by a thread that cannot be started.
 """
 
 import errno
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _NO_THREAD = "can't start new thread"  # Python's word, in a RuntimeError: each thread needs a stack
+_NO_LIBRARY = "failed to map segment from shared object"  # the loader's word, in an ImportError or OSError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -34,12 +35,17 @@ def memory_for(what: object) -> Iterator[None]:
 def is_without_memory(error: BaseException | None) -> bool:
     """Whether an error, or what it came of, is that there was no memory. Libraries wrap it in errors of their own."""
     while error is not None:
-        if isinstance(error, MemoryError) or str(error) == _NO_THREAD:
+        if isinstance(error, MemoryError) or str(error) == _NO_THREAD or str(error).endswith(_NO_LIBRARY):
             return True
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def without_memory(error: BaseException) -> str:
+    """Such an error in words, where nobody said what the memory was for."""
+    return f"no memory left{f' ({error})' if str(error) else ''}: {memory_limit()}"
 
 
 def memory_limit() -> str:

@@ -1,4 +1,4 @@
-"""Paths as people write them: `~` is home, and what is an address of something else is no path.
+"""Paths as people write them: `~` is home, and what is an address of something else, or a variable, is no path.
 
 A bucket's address (`gs://`, `s3://`, ...) taken for a path would name a local directory, whose files are lost with the
 machine.
@@ -8,6 +8,7 @@ import os
 import re
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # one slash: that is what pathlib leaves of two
+_VARIABLE = re.compile(r"(\$(?:\w+|\{\w+\}))(?:/|\Z)")
 _ADVICE = {
     "gs": "mount the bucket (`gcsfuse BUCKET DIR`), or copy from or to it (`gcloud storage cp -r`)",
     "s3": "mount the bucket (`mount-s3 BUCKET DIR`), or copy from or to it (`aws s3 cp --recursive`)",
@@ -22,7 +23,7 @@ def local_path(text: str) -> str:
     """The path with home in place of `~`; everything else, names on the hub too, stays as it is.
 
     Raises:
-        ValueError: an address, or the home of somebody unknown.
+        ValueError: an address, a variable, or the home of somebody unknown.
 
     >>> local_path("runs/mine")
     'runs/mine'
@@ -31,6 +32,11 @@ def local_path(text: str) -> str:
         scheme = address[1].lower()
         advice = _ADVICE.get(scheme, "mount it, or copy from or to it")
         raise ValueError(f"is an address ({scheme}://), and files are read and written in directories here: {advice}")
+    if variable := _VARIABLE.match(text):  # not read: the same config is to say the same everywhere
+        raise ValueError(
+            f"{variable[1]} is not replaced here; write it out, or give the key on the command line, where the shell "
+            f"replaces it; a directory of that name is ./{variable[1]}"
+        )
     path = os.path.expanduser(text)
     if re.match(r"~[^/]*(/|\Z)", path):
         raise ValueError(f"{text.partition('/')[0]} is nobody's home here; put a path that starts with ~ as ./~...")

@@ -260,6 +260,7 @@ def test_dora(given, adapter):
     ({"adapter_name_or_path": "a", "lora_target_modules": ["q_proj"]}, "lora_target_modules is that of the adapter"),
     (HELD_OUT | {"val_set_size": 3}, "eval_datasets and val_set_size are both given"),
     ({"warmup_ratio": 0.1, "warmup_steps": 5}, "warmup_ratio and warmup_steps are both given"),
+    ({"mask_history": True, "assistant_only_loss": False}, "mask_history learns the last answer only"),
     ({"early_stopping_patience": 3}, "early_stopping_patience needs held-out examples"),
     ({"exact_match_samples": 3}, "exact_match_samples needs held-out examples"),
     ({"eval_steps": 5}, "eval_steps needs held-out examples"),
@@ -463,6 +464,16 @@ def test_an_address_is_no_path(key, address, advice):
     assert f"{key}: is an address ({scheme}://), and files are read and written in directories here: " in message
     assert advice in message
     assert f'(got "{address}")' in message
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "output_dir", "adapter_name_or_path"])
+@pytest.mark.parametrize("path, variable", [("$SCRATCH/run", "$SCRATCH"), ("${SLURM_TMPDIR}", "${SLURM_TMPDIR}")])
+def test_a_variable_is_no_path(path, variable, key):
+    """The directory of that name would be made here, and not be where the run is looked for."""
+    message = complaint(**{key: path})
+    assert f"{key}: {variable} is not replaced here; write it out, or give the key on the command line" in message
+    for kept in (f"./{path}", f"a/{path}", "$5 a day", "cost$"):
+        assert load_config(BASE | {key: kept}).model_dump()[key] == kept
 
 
 # To YAML and back

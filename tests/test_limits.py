@@ -29,6 +29,7 @@ REFUSED = [
     lambda: OSError(errno.ENOMEM, "Cannot allocate memory"),
     lambda: MemoryError("Unable to allocate 3 GiB"),
     lambda: RuntimeError("can't start new thread"),
+    lambda: ImportError("/x/_core.so: failed to map segment from shared object"),
 ]
 
 

@@ -22,7 +22,7 @@ from jaxft.hub.model_files import companions_of
 from jaxft.hub.peft_config import read_adapter_config
 from jaxft.hub.resolve import ResolvedModel
 from jaxft.hub.tokenizer_files import SETTINGS, TEXT_EOS
-from jaxft.limits import NoMemoryError, is_without_memory, memory_limit
+from jaxft.limits import NoMemoryError, is_without_memory, without_memory
 from jaxft.models.decoder import Decoder
 from jaxft.paths import local_path
 from jaxft.platform import devices_needed, prepared
@@ -70,7 +70,7 @@ def exit_code(action: Callable[[], int | None]) -> int:
 def _told(error: Exception) -> str:
     """An error in words: those of the system come with a number, or, where memory is short, with nothing."""
     if is_without_memory(error) and not isinstance(error, NoMemoryError):
-        return f"no memory left{f' ({error})' if str(error) else ''}: {memory_limit()}"
+        return without_memory(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

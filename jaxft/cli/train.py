@@ -29,7 +29,6 @@ from jaxft.evaluation.answers import Question, answers, exact_matches, questions
 from jaxft.evaluation.report import ExactMatch, ReportData, Sample, write_report
 from jaxft.hub.digests import digests
 from jaxft.hub.load import eos_token_ids
-from jaxft.hub.stage import clear_stale
 from jaxft.models.count import ParameterCount, count_parameters
 from jaxft.models.decoder import Decoder
 from jaxft.platform import devices_needed, prepared
@@ -99,8 +98,6 @@ def run(config: Config, console: Console, idle: AbstractContextManager[None] | N
         say(line)
     with ExitStack() as ending:
         directory = ending.enter_context(open_run(config.output_dir, again, resolved(config), inputs.fingerprints))
-        if hosts.is_writer():
-            clear_stale(directory.path)
         model = inputs.load()
         asked = _ask(inputs)
         before = _answer(detach(model), inputs, asked)

@@ -6,6 +6,7 @@ on a model. All bad records are named at once, or dropped and counted; what of a
 counted by name.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -18,6 +19,8 @@ from jaxft.data.records import BadRecord
 from jaxft.data.sources import read
 from jaxft.data.splits import hold_out, identity, refuse_overlap
 from jaxft.data.tokenized import Tokenized, TokenizedSet
+
+logger = logging.getLogger(__name__)
 
 
 class DatasetSpec(Protocol):
@@ -158,6 +161,8 @@ def prepare(
             "`strict_data` is true, and this of the data is not in what would be trained on:\n" + "\n".join(lost)
         )
     train, held_out = loaded[: len(datasets)], loaded[len(datasets) :]
+    if mask_history and not any(isinstance(one, Conversation) for source in train for one in source.examples):
+        logger.warning("mask_history has no effect: there are no conversations to train on")
     sets = [source.tokens for source in train]
     eval_tokens = [example for source in held_out for example in source.tokens]
     eval_examples = [example for source in held_out for example in source.examples]

@@ -19,7 +19,7 @@ def nothing_to_lose(output_dir: Path) -> bool:
         (output_dir / "run.json").exists()
         and not any(result.exists() for result in results)
         and not any((output_dir / "checkpoints").glob("[0-9]*"))
-        and not (metrics.exists() and any(record["step"] for record in read_metrics(metrics)))
+        and not (metrics.exists() and any(record.get("step") for record in read_metrics(metrics)))
     )
 
 

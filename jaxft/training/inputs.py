@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from jaxft.adapters.attach import attach
 from jaxft.config import Config
 from jaxft.data.chat import Renderer, load_tokenizer
+from jaxft.data.formats import Text
 from jaxft.data.loader import Schedule
 from jaxft.data.prepare import Prepared, prepare
 from jaxft.data.tokenized import check_vocabulary
@@ -140,6 +142,8 @@ def gather(config: Config) -> Inputs:
     )
     check_vocabulary([*data.train, data.eval], decoder.vocab_size)
     _check_lengths(data, decoder.rope)
+    if config.exact_match_samples and all(isinstance(example, Text) for example in data.eval_examples):
+        logger.warning("exact_match_samples has no effect: held-out plain text asks nothing")
     schedule = Schedule(
         data.train,
         micro_batch_size=config.micro_batch_size * batch_ways(mesh),
@@ -152,15 +156,33 @@ def gather(config: Config) -> Inputs:
         rows=rows_here(mesh, config.micro_batch_size * batch_ways(mesh)),
     )
     total_steps = config.max_steps or max(schedule.steps(config.num_train_epochs), 1)
+    _tell_of_steps(config, total_steps)
+    inputs = Inputs(config, mesh, resolved, decoder, renderer, data, schedule, total_steps)
+    announce(decoder, weights, inputs.recipe.quantization, inputs.recipe.storage)
+    return inputs
+
+
+def _tell_of_steps(config: Config, total_steps: int) -> None:
+    """Warn of numbers of updates that this run does not reach."""
     if config.warmup_steps >= total_steps:
         logger.warning(
             "the peak learning rate is never reached: warmup_steps is %d, and the run has %d steps",
             config.warmup_steps,
             total_steps,
         )
-    inputs = Inputs(config, mesh, resolved, decoder, renderer, data, schedule, total_steps)
-    announce(decoder, weights, inputs.recipe.quantization, inputs.recipe.storage)
-    return inputs
+    for key, what in {"save_steps": "saved", "eval_steps": "evaluated"}.items():
+        if (every := getattr(config, key)) is not None and every > total_steps:
+            logger.warning(
+                "%s is %d, and the run has %d steps: it is %s after the last only", key, every, total_steps, what
+            )
+    if config.eval_steps is not None and config.early_stopping_patience is not None:
+        evaluations = math.ceil(total_steps / config.eval_steps)
+        if config.early_stopping_patience >= evaluations:
+            logger.warning(
+                "early_stopping_patience is %d, and the run has %d evaluations: it never stops early",
+                config.early_stopping_patience,
+                evaluations,
+            )
 
 
 def _check_lengths(data: Prepared, rope: Rope) -> None:

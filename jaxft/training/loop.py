@@ -157,7 +157,7 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
             if improved or finished or stopping or overdue or saves:
                 saved = time.monotonic()
                 checkpoints.save(step, state, asdict(books), keep_as_best=improved)
-            if stopping and not finished:
+            if stopping:
                 checkpoints.wait()
                 raise Preempted(step)
 

@@ -1,8 +1,7 @@
 """The output directory: one run, one owner, and proof that a resumed run is the run that was started.
 
 `run.json` and, beside it, `config.yaml` record what the run was started with; it resumes only where that is as it was
-(`jaxft.training.same_run`). A lock, which the kernel releases when its process
-dies, keeps a second run out.
+(`jaxft.training.same_run`). A lock, which the kernel releases when its process dies, keeps a second run out.
 
 Of several processes the first owns the directory and writes; the others know what it holds.
 """
@@ -11,7 +10,6 @@ import fcntl
 import json
 import logging
 import os
-import shutil
 import socket
 import uuid
 from collections.abc import Mapping
@@ -19,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from jaxft.hub.stage import clear_stale
 from jaxft.limits import write_error
 from jaxft.sharding import hosts
 from jaxft.training.same_run import compare, environment
@@ -34,6 +33,7 @@ _RECORDED = {
     "resumed": list,
     "finished": str | None,
 }
+_RECORDED_LATER = {"updates": int}
 _LOCK = ".lock"
 _LISTED = 5  # names in one message
 
@@ -193,8 +193,7 @@ def _open(path: Path, resume: bool, config_yaml: str, fingerprints: dict[str, st
 
 def _open_locked(path: Path, lock: int, resume: bool, config_yaml: str, fingerprints: dict[str, str]) -> RunDirectory:
     there = _refuse_contents(path, resume)
-    for left_behind in (*path.glob(".adapter.*.tmp"), *path.glob(".model.*.tmp")):  # by a kill in the export
-        shutil.rmtree(left_behind)
+    clear_stale(path)
     run = RunDirectory(path, lock, {}, resumed=resume and _has_checkpoint(path / "checkpoints"))
     if run.resumed:
         recorded = _read_record(run.run_file)
@@ -293,7 +292,8 @@ def _read_record(run_file: Path) -> dict[str, Any]:
         record = json.loads(run_file.read_bytes())
         if missing := _RECORDED.keys() - record.keys():
             raise ValueError(f"no {', '.join(sorted(missing))}")
-        if wrong := [key for key, kind in _RECORDED.items() if not isinstance(record[key], kind)]:
+        known = {key: kind for key, kind in (_RECORDED | _RECORDED_LATER).items() if key in record}
+        if wrong := [key for key, kind in known.items() if not isinstance(record[key], kind)]:
             raise ValueError(f"{wrong[0]} is {json.dumps(record[wrong[0]])[:80]}")
     except (ValueError, AttributeError) as error:
         raise RunDirectoryError(

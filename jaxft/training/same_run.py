@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import math
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -48,6 +49,9 @@ ROUNDING_KEYS = {
 """May change, too: the same sums in another order, while the rows of an update are as many as they were (there is a
 fingerprint of them). The result is equal up to rounding; the log says so."""
 
+PLACES = re.compile(r"model_(name_or_path|revision)|adapter_name_or_path|chat_template|(eval_)?datasets\.\d+\.path")
+"""Keys that say where something lies. May change, too, while no fingerprint does: a run moves to another machine."""
+
 ROWS = "rows of an update"
 """The fingerprint that `ROUNDING_KEYS` must leave as it was."""
 
@@ -72,14 +76,17 @@ def compare(
     refused, told = [], []
     for name, old, new in _changes(recorded["fingerprints"], fingerprints):
         refused.append(f"the {name} changed: {old} -> {new}")
-        if name == ROWS and "nothing" not in (old, new):
+        if name == ROWS and str(old).isdecimal() and new.isdecimal():
             refused[-1] += f"; {_rows_that_fit(int(old), int(new), after)}"
+    contents_changed = bool(refused)
     for key, old, new in _changes(before, after):
         section = key.partition(".")[0]
         if section in MAY_BE_IDLE and not (section in before and section in after):
             continue  # it had no effect on one side; what gave it one has changed, too, and is in both
         if section in ROUNDING_KEYS:
             told.append(f"resumed with another {key} ({old} -> {new}): equal up to rounding")
+        elif PLACES.fullmatch(key) and "nothing" not in (old, new) and not contents_changed:
+            told.append(f"resumed with another {key} ({old} -> {new}): what lies there is the same")
         elif section not in FREE_KEYS | LENGTH_KEYS:
             refused.append(f"{key}: {old} -> {new}")
     for name, old, new in _changes({k: recorded[k] for k in ("versions", "devices")}, environment()):

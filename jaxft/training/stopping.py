@@ -3,7 +3,8 @@
 Schedulers, terminals and people send different ones: SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is gone), SIGUSR1
 and SIGUSR2 (`sbatch --signal=USR1@90`, Grid Engine), SIGXCPU (a limit of time). All of them mean the same. While a run
 trains they are a request, `StopSignal`: it saves and ends. Before and after there is nothing to save: the process
-leaves, with a word and an exit code. One that the process was started to ignore, as nohup does with SIGHUP, stays so.
+leaves, with a word and an exit code. One that the process was started to ignore, as nohup does with SIGHUP, stays so;
+not SIGTERM and SIGINT, which shells make a job in the background ignore, and people send it all the same.
 
 Nothing but the standard library is imported here, so that this can be in place before everything else is imported.
 """
@@ -19,7 +20,10 @@ from typing import Any, NoReturn, Self
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
-_NEVER_IGNORED = (signal.SIGTERM, signal.SIGINT)  # shells start a job in the background with SIGINT ignored
+_NEVER_IGNORED = (signal.SIGTERM, signal.SIGINT)
+_IN_A_HURRY = (
+    "interrupted without waiting for a checkpoint; resume_from_checkpoint=true goes on from the newest that there is"
+)
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -33,7 +37,8 @@ class Left(SystemExit):
 
 
 class StopSignal(AbstractContextManager):
-    """Turns signals into a request to stop. A second Ctrl-C acts as usual: somebody is in a hurry.
+    """Turns signals into a request to stop. A second Ctrl-C acts as usual: somebody is in a hurry, and is not told that
+    all is saved.
 
     The others may come again while the run saves: a scheduler warns before it asks. Of several processes each has its
     own; one request stops all.
@@ -53,7 +58,19 @@ class StopSignal(AbstractContextManager):
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         if number == signal.SIGINT:
-            _restore({number: self._previous.pop(number)})
+            _restore({number: _hurried(self._previous[number])})
+
+
+def _hurried(before: Any) -> Any:
+    """A handler that acts as the one before, but does not say that all is saved."""
+
+    def hurry(number: int, frame: FrameType | None) -> None:
+        try:
+            before(number, frame)
+        except Left:
+            raise Left(_IN_A_HURRY, 128 + number) from None
+
+    return hurry if callable(before) else before
 
 
 @contextmanager
@@ -81,7 +98,8 @@ def leaving(when: str = "", code: int | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook = hook
+        if sys.unraisablehook is unraisable:  # else another was put over it meanwhile, which is to stay
+            sys.unraisablehook = hook
         _restore(previous)
 
 

@@ -155,15 +155,22 @@ def test_ignored_hangups_stay_ignored(tmp_path):
 # Settings that are none
 
 
-def test_a_setting_that_jax_does_not_understand_is_one_line(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+def test_libraries_that_find_no_room_are_one_line(tmp_path):
+    script = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
+    done = run(["sh", "-c", f"ulimit -v 1000000; exec {sys.executable} {script} --help"], tmp_path, capture_output=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: no memory left")
+    assert "limited to 1.0 GB; lift the limit (`ulimit -v unlimited`" in line
+
+
+@pytest.mark.parametrize("setting", ["JAX_ENABLE_X64=maybe", "JAXFT_HEARTBEAT_SECONDS=a minute"])
+def test_a_setting_that_is_not_understood_is_one_line(tmp_path, setting):
     script = Path(__file__).resolve().parents[2] / "scripts" / "generate.py"
-    done = run(
-        [sys.executable, str(script), "--help"],
-        tmp_path,
-        capture_output=True,
-        env=os.environ | {"JAX_ENABLE_X64": "maybe"},
-    )
+    name, _, value = setting.partition("=")
+    done = run([sys.executable, str(script), "--help"], tmp_path, capture_output=True, env=os.environ | {name: value})
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
-    assert "JAX_ENABLE_X64=maybe" in line
+    assert setting in line

@@ -304,6 +304,7 @@ def test_a_run_that_failed_before_its_first_update_may_be_started_over(place, ca
         (["run.json"], True),
         (["run.json", "metrics.jsonl"], True),
         (["run.json", "metrics of step 1"], False),
+        (["run.json", "metrics of no step"], True),
         (["run.json", "checkpoints/"], True),
         (["run.json", "checkpoints/3/"], False),
         (["run.json", "adapter/"], False),
@@ -316,7 +317,7 @@ def test_what_may_be_started_over(tmp_path, there, expected):
         if name.endswith("/"):
             (tmp_path / name).mkdir(parents=True)
         elif name.startswith("metrics"):
-            last = '{"step": 1, "loss": 2.0}\n' if name.endswith("1") else ""
+            last = {"1": '{"step": 1, "loss": 2.0}\n', "p": '{"loss": 2.0}\n'}.get(name[-1], "")
             (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 3.0}\n' + last)
         else:
             (tmp_path / name).write_text("{}")
@@ -335,21 +336,23 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(place, capsys, monk
     class Interrupting(command.Progress):
         def update(self, step, record=None):
             super().update(step, record)
-            if step == 3:
+            if step in (3, 6):
                 signal.raise_signal(signal.SIGTERM)
 
     settings.append("resume_from_checkpoint=true")
-    with monkeypatch.context() as patch:
-        patch.setattr(command, "Progress", Interrupting)
-        patch.setattr("jaxft.training.loop.WAITED_FOR", 0.0)  # it looks after every update
-        capsys.readouterr()
-        assert main(["--config", "config.yaml", *settings]) == 75
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "stopped by a signal after step 3; resume with resume_from_checkpoint=true"
-    )
-    assert {path.name for path in (place / "run/checkpoints").iterdir()} == {"2", "3"}
+    for step, kept in {3: {"2", "3"}, 6: {"6", "4"}}.items():  # after the last, too, before the export
+        with monkeypatch.context() as patch:
+            patch.setattr(command, "Progress", Interrupting)
+            patch.setattr("jaxft.training.loop.WAITED_FOR", 0.0)  # it looks after every update
+            capsys.readouterr()
+            assert main(["--config", "config.yaml", *settings]) == 75
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"stopped by a signal after step {step}; resume with resume_from_checkpoint=true"
+        )
+        assert kept == {path.name for path in (place / "run/checkpoints").iterdir()}
+        assert not (place / "run/adapter").exists()
     assert main(["--config", "config.yaml", *settings]) == 0
-    assert "resumed at step 3" in capsys.readouterr().out
+    assert "resumed at step 6" in capsys.readouterr().out
     assert {**final(place), "seconds": 0} == {**final(place, "whole"), "seconds": 0}
     adapter = "adapter/adapter_model.safetensors"
     assert (place / "run" / adapter).read_bytes() == (place / "whole" / adapter).read_bytes()

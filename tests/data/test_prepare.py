@@ -286,6 +286,22 @@ def test_the_last_answer_alone(renderer, tmp_path):
     assert answers(prepare([spec(path)], renderer, max_length=64, mask_history=True).train[0]) == ["b"]
 
 
+def test_the_last_answer_of_no_conversation_is_told(renderer, tmp_path, caplog):
+    told = "mask_history has no effect: there are no conversations to train on"
+    texts = write_lines(tmp_path / "texts.jsonl", [{"text": "q"}])
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    chats = write_lines(tmp_path / "chats.jsonl", [{"messages": turns}])
+    for paths, settings, expected in (
+        ([texts], {}, False),
+        ([texts], {"mask_history": True}, True),
+        ([texts, chats], {"mask_history": True}, False),
+        ([texts], {"mask_history": True, "eval_datasets": [spec(chats)]}, True),
+    ):
+        caplog.clear()
+        prepare([spec(path) for path in paths], renderer, max_length=64, **settings)
+        assert (told in caplog.text) == expected
+
+
 def test_a_record_that_cannot_be_read_ends_the_run_and_what_a_reader_decided_is_told(tmp_path, renderer):
     rows = [{"prompt": "q", "completion": "a"}] * 2
     (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]) + "\n{oops\n" + json.dumps(rows[1]))

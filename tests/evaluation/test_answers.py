@@ -1,5 +1,7 @@
 """What is asked of a held-out conversation, and what the answer is compared with."""
 
+from dataclasses import replace
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -133,3 +135,19 @@ def test_completions_are_asked_and_texts_are_not(renderer):
     assert [(question.text, question.reference) for question in asked] == [("2+2=", " 4"), ("3+3=", " 6")]
     assert len(questions(examples, r, 1, positions=30)) == 1
     assert questions(examples, r, 0, positions=30) == []
+
+
+def test_a_conversation_that_its_template_writes_only_whole_asks_nothing(material, tmp_path):
+    """The last turn that is learned is not the last: up to there the template refuses it."""
+    template = (
+        "{% if messages|length == 4 %}{{ raise_exception('too few') }}{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (tmp_path / "whole.jinja").write_text(template)
+    tokenizer = AutoTokenizer.from_pretrained(material / "tokenizers" / "qwen3")
+    r = Renderer(tokenizer, str(tmp_path / "whole.jinja"))
+    turns = parse_messages([turn for n in ("One", "Two", "Three") for turn in (user(f"{n}?"), model(f"{n}."))])
+    early = Conversation((*turns[:5], replace(turns[5], supervised=False)))
+    late = Conversation(turns)
+    assert [question.text for question in questions([early, late], r, 2, 10_000)] == ["Three?"]

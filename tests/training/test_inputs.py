@@ -402,6 +402,35 @@ def test_a_peak_that_is_never_reached(gathered, caplog, warmup_steps, warns):
     assert (told in caplog.text) == warns
 
 
+def test_plain_text_that_is_to_be_answered_is_told(gathered, write_chats, tmp_path, caplog):
+    text, chat = tmp_path / "text.jsonl", write_chats(tmp_path / "held_out.jsonl", 3, seed=9)
+    text.write_text('{"text": "the old dog"}\n')
+    told = "exact_match_samples has no effect: held-out plain text asks nothing"
+    for held_out, asked, expected in (([text], 0, False), ([text], 2, True), ([text, chat], 2, False)):
+        caplog.clear()
+        gathered(eval_datasets=[str(path) for path in held_out], exact_match_samples=asked)
+        assert (told in caplog.text) == expected
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"save_steps": 8}, ["save_steps is 8, and the run has 7 steps: it is saved after the last only"]),
+        ({"save_steps": 7, "eval_steps": 7}, []),
+        ({"eval_steps": 9}, ["eval_steps is 9, and the run has 7 steps: it is evaluated after the last only"]),
+        ({"eval_steps": 3, "early_stopping_patience": 2}, []),  # evaluated after 3, 6 and 7
+        (
+            {"eval_steps": 3, "early_stopping_patience": 3},
+            ["early_stopping_patience is 3, and the run has 3 evaluations: it never stops early"],
+        ),
+    ],
+)
+def test_updates_that_are_never_reached_are_told(gathered, write_chats, tmp_path, caplog, changes, told):
+    held_out = write_chats(tmp_path / "held_out.jsonl", 3, seed=9)
+    assert gathered(max_steps=7, eval_datasets=[str(held_out)], **changes).total_steps == 7
+    assert [record.getMessage() for record in caplog.records if "and the run has" in record.getMessage()] == told
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from jaxft.config import Config
+from jaxft.hub.stage import staged
 from jaxft.training import run_directory
 from jaxft.training.run_directory import RunDirectoryError, check_same, check_vacant, open_run
 from jaxft.training.same_run import FREE_KEYS, LENGTH_KEYS, ROUNDING_KEYS
@@ -172,7 +173,7 @@ def test_a_fingerprint_more_or_less_is_a_change(tmp_path):
         ({"seed": 7}, "seed: 42 -> 7"),
         ({"warmup_steps": 10}, "warmup_steps: 0 -> 10"),
         ({"early_stopping_patience": 2}, "early_stopping_patience: null -> 2"),
-        ({"datasets": ["b.jsonl"]}, "datasets.0.path: a.jsonl -> b.jsonl"),
+        ({"datasets": [{"path": "a.jsonl", "type": "text"}]}, "datasets.0.type: null -> text"),
         ({"datasets": ["a.jsonl", "b.jsonl"]}, "datasets.1.path: nothing -> b.jsonl"),
         ({"lora_target_modules": ["q_proj"]}, "lora_target_modules: all-linear -> nothing"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern.q_proj: nothing -> 4"),
@@ -183,6 +184,33 @@ def test_a_changed_config_is_refused_key_by_key(tmp_path, changes, line):
     with pytest.raises(RunDirectoryError, match="not the run that was started there") as raised:
         start(tmp_path, resume=True, **changes)
     assert f"\n  {line}\n" in str(raised.value)
+
+
+PLACES = {
+    "model_name_or_path": "/elsewhere/m",
+    "model_revision": "v1",
+    "adapter_name_or_path": "/elsewhere/a",
+    "chat_template": "/elsewhere/c.jinja",
+    "datasets": ["/elsewhere/a.jsonl"],
+    "eval_datasets": ["/elsewhere/e.jsonl"],
+}
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_what_is_the_same_may_lie_elsewhere(tmp_path, caplog, key):
+    """On another machine, whose paths are others. The fingerprints say what lies there."""
+    before = {"adapter_name_or_path": "a"} if key == "adapter_name_or_path" else {}
+    with start(tmp_path, **before) as run:
+        (run.checkpoints / "5").mkdir(parents=True)
+    name = f"{key}.0.path" if key.endswith("datasets") else key
+    with pytest.raises(RunDirectoryError, match=rf"the data changed: (.|\n)*  {name}: .* -> "):
+        start(tmp_path, resume=True, fingerprints={**FINGERPRINTS, "data": "x"}, **{key: PLACES[key]})
+    assert not caplog.records
+    with start(tmp_path, resume=True, **{key: PLACES[key]}) as run:
+        assert run.resumed
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith(f"resumed with another {name} (")
+    assert warning.endswith("): what lies there is the same")
 
 
 def test_all_changes_are_told_at_once(tmp_path):
@@ -255,6 +283,14 @@ def test_other_rows_of_an_update_are_refused_with_what_would_fit(tmp_path, caplo
     assert not caplog.records, "nothing is said of a run that does not go on"
 
 
+@pytest.mark.parametrize("recorded", ["x", None, 8, {"a": 1}])
+def test_rows_that_were_not_recorded_as_a_number_are_a_change_like_any_other(tmp_path, recorded):
+    with start(tmp_path, fingerprints={"rows of an update": recorded}) as run:
+        (run.checkpoints / "5").mkdir(parents=True)
+    with pytest.raises(RunDirectoryError, match=r"the rows of an update.* changed: "):
+        start(tmp_path, resume=True, fingerprints={"rows of an update": "4"})
+
+
 def test_keys_that_lost_or_never_had_an_effect_are_no_changes(tmp_path):
     """They are not in the written config, or are, where an earlier version wrote all keys."""
     started(tmp_path)
@@ -284,6 +320,18 @@ def test_a_record_with_something_else_in_it_is_damaged(tmp_path, key):
         (tmp_path / "run.json").write_text(json.dumps(record | {key: value}))
         with pytest.raises(RunDirectoryError, match=rf"run\.json is damaged \({key} is {json.dumps(value)}\)"):
             start(tmp_path, resume=True)
+
+
+def test_a_number_of_updates_that_is_none_is_damage(tmp_path):
+    """It is written after the others, so it may be missing."""
+    record = started(tmp_path)
+    for value in (None, "8", 8.5, [8]):
+        (tmp_path / "run.json").write_text(json.dumps(record | {"updates": value}))
+        with pytest.raises(RunDirectoryError, match=r"run\.json is damaged \(updates is "):
+            start(tmp_path, resume=True)
+    (tmp_path / "run.json").write_text(json.dumps(record | {"updates": 8}))
+    with start(tmp_path, resume=True) as run:
+        assert run.record["updates"] == 8
 
 
 @pytest.mark.parametrize("text", ['{"run_id": "x', "[]", '{"run_id": "x"}', "\0" * 50])
@@ -352,13 +400,14 @@ def test_a_finished_run_is_not_started_again(tmp_path):
             check_same(other, True, config(), FINGERPRINTS)
 
 
-def test_what_a_kill_in_the_export_left_is_removed(tmp_path):
+def test_what_a_kill_in_an_export_left_is_removed_but_not_what_is_being_exported(tmp_path):
     started(tmp_path)
-    for name in (".adapter.5d2f.tmp", ".model.aa.tmp", "adapter"):
+    for name in (".adapter.5d2f0a1b.tmp", ".model.0123abcd.tmp", "adapter"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_text("x")
-    with start(tmp_path, resume=True):
-        assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["adapter", "checkpoints"]
+    with staged(tmp_path / "merged") as live, start(tmp_path, resume=True):
+        there = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+        assert there == [live.name, "adapter", "checkpoints"]
 
 
 # A look ahead

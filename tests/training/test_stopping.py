@@ -76,6 +76,31 @@ def test_elsewhere_a_signal_ends_the_process_with_a_word(heard, name):
     assert heard == [number]
 
 
+def test_a_second_interrupt_does_not_say_that_all_is_saved(heard):
+    """Unlike one signal before or after training. What had been saved by then is what a resumed run goes on from."""
+
+    def train(interrupted_after: bool) -> None:
+        with leaving(" after training; resume", 75):
+            with StopSignal() as stop:
+                signal.raise_signal(signal.SIGINT)
+                assert stop.requested
+                if not interrupted_after:
+                    signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Left) as left:
+        train(interrupted_after=False)
+    assert (left.value.word, left.value.code) == (
+        "interrupted without waiting for a checkpoint; "
+        "resume_from_checkpoint=true goes on from the newest that there is",
+        130,
+    )
+    with pytest.raises(Left) as left:
+        train(interrupted_after=True)
+    assert (left.value.word, left.value.code) == ("interrupted after training; resume", 75)
+    assert heard == []
+
+
 def test_outside_the_main_thread_signals_are_left_alone():
     handlers, seen = [signal.getsignal(number) for number in STOPPING], []
 
@@ -87,6 +112,21 @@ def test_outside_the_main_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [(handlers, False)]
+
+
+def test_what_others_do_with_swallowed_exceptions_stays(monkeypatch):
+    """They keep quiet about threads that outlive the run."""
+    before, theirs = [lambda found: None for _ in range(2)]
+    monkeypatch.setattr(sys, "unraisablehook", before)
+    with leaving(), leaving():
+        assert sys.unraisablehook is not before
+    assert sys.unraisablehook is before
+    with leaving():
+        sys.unraisablehook = theirs
+        with leaving():
+            pass
+        assert sys.unraisablehook is theirs
+    assert sys.unraisablehook is theirs
 
 
 SWALLOWED = """
