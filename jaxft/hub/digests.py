@@ -41,7 +41,7 @@ def check_digests(directory: Path) -> None:
     if not record.exists():
         return
     recorded = read_json(record).get("sha256")
-    if not texts_by_name(recorded):
+    if not _texts_by_name(recorded):
         raise ValueError(f"{record} is damaged: `sha256` is to be an object of file names and digests; {_advice()}")
     for name, digest in recorded.items():
         path = directory / name
@@ -52,7 +52,7 @@ def check_digests(directory: Path) -> None:
                 raise ValueError(f"{path} is not as it was written (its SHA-256 differs); put it back, or {_advice()}")
 
 
-def texts_by_name(value: object) -> bool:
+def _texts_by_name(value: object) -> bool:
     """Whether it is an object that gives texts to names, one at least."""
     return isinstance(value, dict) and bool(value) and all(isinstance(one, str) for one in value.values())
 

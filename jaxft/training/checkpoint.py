@@ -281,8 +281,8 @@ class Checkpoints:
         free = shutil.disk_usage(self.directory).free
         if free < size + _OVERHEAD:
             raise CheckpointError(
-                f"step {step} is not saved: {self.directory} has {free / 1e6:.0f} MB of free space, "
-                f"a checkpoint takes {(size + _OVERHEAD) / 1e6:.0f} MB; {self._last_good()}"
+                f"step {step} is not saved: {self.directory} has {free / 1e6:.1f} MB of free space, "
+                f"a checkpoint takes {(size + _OVERHEAD) / 1e6:.1f} MB: make room there; {self._last_good()}"
             )
 
     def _require_directory(self) -> None:

@@ -65,14 +65,20 @@ def sealed(body: dict[str, Any]) -> dict[str, Any]:
     return {**body, "sha256": _sha256_of_json(body)}
 
 
+def is_sealed(value: dict[str, Any]) -> bool:
+    """Whether it is as `sealed` gave it."""
+    return value.get("sha256") == _sha256_of_json({key: part for key, part in value.items() if key != "sha256"})
+
+
 def read_manifest(path: Path, step: int) -> tuple[dict[str, Any], str | None]:
     """The manifest of `step` without its SHA-256, or what is wrong with it."""
     try:
         body = json.loads(path.read_bytes())
-        recorded = body.pop("sha256", None)
+        intact = is_sealed(body)
+        body.pop("sha256", None)
     except (OSError, ValueError, AttributeError, TypeError) as error:  # not JSON, or JSON of another form
         return {}, f"its manifest cannot be read: {error}"
-    if recorded != _sha256_of_json(body):
+    if not intact:
         return {}, "its manifest does not match its SHA-256"
     if body["step"] != step:
         return {}, f"it holds step {body['step']}"

@@ -4,8 +4,10 @@ What goes wrong in Orbax and TensorStore comes as any exception, with the whole 
 message, and again as pages of tracebacks in the log. A checkpoint needs one line of it.
 """
 
+import errno
 import functools
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+_FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+"""The system's words where there is no room. TensorStore says them in the middle of its own."""
 
 
 def read(directory: Path, wanted: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], str | None]:
@@ -42,6 +47,8 @@ def _restore_args(like: jax.Array) -> ocp.RestoreArgs:
 
 def reason(error: Exception) -> str:
     """What a library's error says, without TensorStore's description of itself."""
+    if full := next((word for word in _FULL if word in str(error)), None):
+        return f"{full}; make room there"
     return (str(error).partition(" [tensorstore_spec")[0].splitlines() or [type(error).__name__])[0]
 
 

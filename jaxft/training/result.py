@@ -7,14 +7,18 @@ from typing import Any
 
 from jaxft.config import Config
 from jaxft.config_file import load_config
-from jaxft.data.chat import load_tokenizer
-from jaxft.hub.digests import digests, texts_by_name
-from jaxft.hub.load import config_fingerprint, eos_token_ids, fingerprint
+from jaxft.hub.digests import digests
+from jaxft.hub.load import config_fingerprint, fingerprint
 from jaxft.hub.model_files import open_files, read_json
-from jaxft.hub.peft import TENSOR_STEM
-from jaxft.hub.peft_config import CONFIG_FILE
 from jaxft.hub.resolve import HubError, ResolvedModel, resolve_model
 from jaxft.models.config import Source
+from jaxft.training.manifest import is_sealed
+
+_NEEDED = {
+    *("fingerprints", "versions", "data", "chat_template", "stop_tokens", "base"),
+    *("result_sha256", "config_sha256", "sha256"),
+}
+"""Keys of `run.json` without which nothing is exported."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,7 @@ def open_result(directory: Path) -> Run:
             f"{directory}: the run has not finished{missing}; "
             "go on with it (resume_from_checkpoint=true), then export it"
         )
-    _check_record(directory / "run.json", record)
-    expected = {CONFIG_FILE, f"{TENSOR_STEM}.safetensors"} if result.name == "adapter" else {"config.json"}
-    if lost := expected - record["result_sha256"].keys():
-        raise ValueError(f"{directory / 'run.json'} is damaged: result_sha256 lacks {', '.join(sorted(lost))}")
+    _check_record(directory, record)
     found = digests(result)
     for name, recorded in record["result_sha256"].items():
         if found.get(name) != recorded:
@@ -61,7 +62,6 @@ def open_result(directory: Path) -> Run:
                 f"{result / name} {fault}; put back a copy, or move {result.name}/ away and run the training "
                 "again with resume_from_checkpoint=true, which writes it from the last checkpoint"
             )
-    _check_stops(directory / "run.json", record["stop_tokens"], result)
     return Run(directory, config, record, result)
 
 
@@ -102,35 +102,16 @@ def _where_it_was(run: Run) -> ResolvedModel:
         raise HubError(f"{error}\nOr say with --base where a copy is") from None
 
 
-def _check_stops(path: Path, stops: dict[str, int], result: Path) -> None:
-    """Refuse stop tokens that are not those of the result, whose files are as they were written."""
-    ids = load_tokenizer(result).convert_tokens_to_ids(list(stops))
-    if ids != list(stops.values()) or sorted(ids) != eos_token_ids(result, None):
-        raise ValueError(f"{path} is damaged: stop_tokens are not those of {result.name}/; put it back as it was")
-
-
-def _check_record(path: Path, record: dict[str, Any]) -> None:
-    """Refuse a `run.json` that lacks what an export needs, or holds something else in its place."""
-    needed = {"fingerprints", "result_sha256", "chat_template", "base", "stop_tokens", "versions", "data"}
-    if lacking := needed - record.keys():
-        raise ValueError(f"{path} lacks {', '.join(sorted(lacking))}: damaged, or of another version")
-    prints, base, template = record["fingerprints"], record["base"], record["chat_template"]
-    sound = {
-        "fingerprints": texts_by_name(prints) and {"base", "base config", "chat template"} <= prints.keys(),
-        "result_sha256": texts_by_name(record["result_sha256"]),
-        "versions": texts_by_name(record["versions"]),
-        "data": isinstance(record["data"], dict) and type(record["data"].get("held_out")) is int,
-        "chat_template": template is None or isinstance(template, str),
-        "base": isinstance(base, dict)
-        and all(isinstance(base.get(key), str) for key in ("name", "path"))
-        and isinstance(base.get("revision"), str | None),
-        "stop_tokens": isinstance(record["stop_tokens"], dict)
-        and all(type(index) is int for index in record["stop_tokens"].values()),
-    }
-    if damaged := [key for key, good in sound.items() if not good]:
-        raise ValueError(f"{path} is damaged: {', '.join(damaged)} holds what no run writes")
-    if hashlib.sha256((template or "").encode()).hexdigest() != prints["chat template"]:
+def _check_record(directory: Path, record: dict[str, Any]) -> None:
+    """Refuse a `run.json` or `config.yaml` that is not as the run wrote it when it finished."""
+    if lacking := _NEEDED - record.keys():
         raise ValueError(
-            f"{path}: the chat_template is not the one that was trained with (its SHA-256 is not that of fingerprints: "
-            "chat template); put it back as it was"
+            f"{directory / 'run.json'} lacks {', '.join(sorted(lacking))}: damaged, or of another version of jaxft"
         )
+    config = hashlib.sha256((directory / "config.yaml").read_bytes()).hexdigest()
+    for name, intact in (("run.json", is_sealed(record)), ("config.yaml", config == record["config_sha256"])):
+        if not intact:
+            raise ValueError(
+                f"{directory / name} is not as the run wrote it (its SHA-256 differs): damaged, or edited; put it back "
+                "as it was"
+            )

@@ -7,6 +7,7 @@ Of several processes the first owns the directory and writes; the others know wh
 """
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import Any, Self
 from jaxft.hub.stage import clear_stale
 from jaxft.limits import write_error
 from jaxft.sharding import hosts
+from jaxft.training.manifest import sealed
 from jaxft.training.same_run import compare, environment
 
 logger = logging.getLogger(__name__)
@@ -75,13 +77,20 @@ class RunDirectory:
     def write_run(self, updates: Mapping[str, Any]) -> None:
         """Put these keys into `run.json`, all or none."""
         record = {**self.record, **updates}
+        record.pop("sha256", None)  # of a run that had finished
+        self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
         if self._lock is not None:
             _replace(self.run_file, (json.dumps(record, indent=2) + "\n").encode())
         self.record = record
 
     def finish(self, updates: Mapping[str, Any]) -> None:
-        """`write_run`, with the time at which the run finished."""
-        self.write_run({**updates, "finished": _now()})
+        """`write_run`, with the time at which the run finished, and sealed: what is exported must be as it was."""
+        record = {**self.record, **updates, "finished": _now()}
+        record["config_sha256"] = hashlib.sha256(self.config_file.read_bytes()).hexdigest()
+        record.pop("sha256", None)
+        self._write(sealed(record))
 
     def truncate_metrics(self, step: int) -> None:
         """Drop a torn last line of `metrics.jsonl`, and those after this step, which come again.

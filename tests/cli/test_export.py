@@ -25,6 +25,7 @@ from jaxft.hub.load import config_fingerprint
 from jaxft.hub.save import copy_companions
 from jaxft.models.decoder import Decoder
 from jaxft.training.companions import carry_template, dress, stop_tokens
+from jaxft.training.manifest import sealed
 
 LORA = LoraConfig(r=3, lora_alpha=12)
 TOKENS = np.random.default_rng(0).integers(0, 49152, (2, 9), dtype=np.int32)
@@ -118,6 +119,7 @@ def finish(run: Path, model: Decoder, settings: dict, template: str) -> None:
     dress(result, template, stops, LLAMA["vocab_size"])
     record = {
         "finished": "2025-01-01T00:00:00+00:00",
+        "config_sha256": hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest(),
         "fingerprints": {
             "data": "0" * 64,
             "base": model.source.fingerprint,
@@ -131,7 +133,7 @@ def finish(run: Path, model: Decoder, settings: dict, template: str) -> None:
         "base": {"name": model.source.name, "path": model.source.path, "revision": None},
         "result_sha256": digests(result),
     }
-    (run / "run.json").write_text(json.dumps(record))
+    (run / "run.json").write_text(json.dumps(sealed(record)))
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +329,14 @@ def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def edit_record(run: Path, **changes) -> None:
+    """As if the run had written it so."""
+    record = json.loads((run / "run.json").read_text()) | changes
+    record["config_sha256"] = hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()
+    record.pop("sha256", None)
+    (run / "run.json").write_text(json.dumps(sealed(record)))
+
+
 def edit_config(run: Path, **changes) -> None:
     path = run / "config.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
@@ -340,7 +350,7 @@ def flip_bit(path: Path) -> None:
 
 def edit_base(run: Path, **changes) -> None:
     record = json.loads((run / "run.json").read_text())
-    edit_json(run / "run.json", base=record["base"] | changes)
+    edit_record(run, base=record["base"] | changes)
 
 
 def interrupt(run: Path) -> None:
@@ -348,6 +358,7 @@ def interrupt(run: Path) -> None:
     shutil.rmtree(run / "adapter")
 
 
+NOT_AS_WRITTEN = "run.json is not as the run wrote it (its SHA-256 differs)"
 FAULTS = {
     "no-run": (lambda run: (run / "run.json").unlink(), "not the output_dir of a run: it has no run.json"),
     "no-config": (lambda run: (run / "config.yaml").unlink(), "it has no config.yaml"),
@@ -367,38 +378,16 @@ FAULTS = {
         lambda run: edit_base(run, path="/gone/model"),
         "/gone/model: no such directory or file; ",
     ),
-    "another-template": (
-        lambda run: edit_json(run / "run.json", chat_template="{{ messages }}"),
-        "run.json: the chat_template is not the one that was trained with",
+    "another-template": (lambda run: edit_json(run / "run.json", chat_template="{{ messages }}"), NOT_AS_WRITTEN),
+    "no-fingerprints": (lambda run: edit_json(run / "run.json", fingerprints=None), NOT_AS_WRITTEN),
+    "another-version": (lambda run: edit_json(run / "run.json", versions={"jaxft": "9"}), NOT_AS_WRITTEN),
+    "another-stop": (lambda run: edit_json(run / "run.json", stop_tokens={"<|im_end|>": 3}), NOT_AS_WRITTEN),
+    "digests-of-others": (lambda run: edit_json(run / "run.json", result_sha256={"x": "y"}), NOT_AS_WRITTEN),
+    "no-seal": (lambda run: edit_json(run / "run.json", sha256=None), NOT_AS_WRITTEN),
+    "another-config": (
+        lambda run: edit_config(run, chat_template="chatml"),
+        NOT_AS_WRITTEN.replace("run.json", "config.yaml"),
     ),
-    "no-template": (
-        lambda run: edit_json(run / "run.json", chat_template=None),
-        "is not the one that was trained with",
-    ),
-    "null-fingerprints": (lambda run: edit_json(run / "run.json", fingerprints=None), "is damaged: fingerprints holds"),
-    "null-digests": (lambda run: edit_json(run / "run.json", result_sha256=None), "is damaged: result_sha256 holds"),
-    "no-digests": (lambda run: edit_json(run / "run.json", result_sha256={}), "is damaged: result_sha256 holds"),
-    "digests-of-others": (
-        lambda run: edit_json(run / "run.json", result_sha256={"x": "y"}),
-        "is damaged: result_sha256 lacks adapter_config.json, adapter_model.safetensors",
-    ),
-    "no-versions": (lambda run: edit_json(run / "run.json", versions=None), "is damaged: versions holds"),
-    "no-account": (lambda run: edit_json(run / "run.json", data={"held_out": "2"}), "is damaged: data holds"),
-    "stops-are-a-list": (lambda run: edit_json(run / "run.json", stop_tokens=[2]), "is damaged: stop_tokens holds"),
-    "another-stop": (
-        lambda run: edit_json(run / "run.json", stop_tokens={"<|im_end|>": 3, "<|endoftext|>": 0}),
-        "is damaged: stop_tokens are not those of adapter/",
-    ),
-    "a-stop-lost": (
-        lambda run: edit_json(run / "run.json", stop_tokens={"<|im_end|>": 2}),
-        "stop_tokens are not those",
-    ),
-    "no-stops": (lambda run: edit_json(run / "run.json", stop_tokens={}), "stop_tokens are not those"),
-    "an-unknown-stop": (
-        lambda run: edit_json(run / "run.json", stop_tokens={"<|imend|>": 2, "<|endoftext|>": 0}),
-        "stop_tokens are not those",
-    ),
-    "base-is-text": (lambda run: edit_json(run / "run.json", base="model"), "is damaged: base holds"),
     "a-list": (lambda run: (run / "run.json").write_text("[]"), "run.json: holds a list, not an object"),
 }
 
@@ -437,7 +426,7 @@ def test_refuses_an_adapter_that_does_not_fit(run, tmp_path, capsys):
     lost = factors.popitem()[0].removesuffix(".weight").rpartition(".")[0].removeprefix("base_model.model.")
     save_file(factors, copy / "adapter" / "adapter_model.safetensors")
     write_digests(copy / "adapter")
-    edit_json(copy / "run.json", result_sha256=digests(copy / "adapter"))
+    edit_record(copy, result_sha256=digests(copy / "adapter"))
     for form in ("peft", "merged"):
         refused(copy, form, tmp_path / form, f"{lost} has ", capsys)
 
@@ -465,6 +454,7 @@ def test_the_base_is_found_where_it_was_and_where_it_is_now(run, base, tmp_path,
     """Whatever directory the command is called from, and whatever the config calls the base."""
     copy, moved = Path(shutil.copytree(run, tmp_path / "run")), Path(shutil.copytree(base, tmp_path / "moved"))
     edit_config(copy, model_name_or_path="base")
+    edit_record(copy)
     monkeypatch.chdir(tmp_path)
     exported(Path("run"), "peft", tmp_path / "a" / "out")
     assert base_named(tmp_path / "a" / "out") == (str(base), None)
@@ -545,7 +535,7 @@ def test_refuses_a_dtype_that_cannot_hold_the_weights(full_run, tmp_path, capsys
     weights = load_file(copy / "model" / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * ml_dtypes.bfloat16(1e5)
     save_file(weights, copy / "model" / "model.safetensors")
-    edit_json(copy / "run.json", result_sha256=digests(copy / "model"))
+    edit_record(copy, result_sha256=digests(copy / "model"))
     refused(copy, "merged", tmp_path / "out", "not finite in float16", capsys, "--dtype", "float16")
 
 

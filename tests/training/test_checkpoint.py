@@ -410,7 +410,9 @@ def test_an_optimizer_that_is_not_finite_is_not_saved(tmp_path):
 def test_space_is_checked_first(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=500_000))
-        with pytest.raises(CheckpointError, match=r"0 MB of free space, .* takes 1 MB; there is none before it"):
+        with pytest.raises(
+            CheckpointError, match=r"0\.5 MB of free space, .* 1\.\d MB: make room there; there is none"
+        ):
             checkpoints.save(1, make_state(1), {})
         monkeypatch.undo()
         checkpoints.save(1, make_state(1), {})

@@ -1,6 +1,7 @@
 """Who may write to an output directory, and when a run may go on."""
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import pytest
 from jaxft.config import Config
 from jaxft.hub.stage import staged
 from jaxft.training import run_directory
+from jaxft.training.manifest import is_sealed
 from jaxft.training.run_directory import RunDirectoryError, check_same, check_vacant, open_run
 from jaxft.training.same_run import FREE_KEYS, LENGTH_KEYS, ROUNDING_KEYS
 
@@ -73,7 +75,13 @@ def test_a_new_run_records_what_it_is(tmp_path):
         ]
         run.finish({"adapter_sha256": "ab"})
         after = json.loads((path / "run.json").read_text())
-        assert after == {**record, "adapter_sha256": "ab", "finished": after["finished"]}
+        assert is_sealed(after)
+        assert after.pop("config_sha256") == hashlib.sha256((path / "config.yaml").read_bytes()).hexdigest()
+        assert after == {**record, "adapter_sha256": "ab", "finished": after["finished"], "sha256": after["sha256"]}
+        run.finish({"loss": float("nan")})
+        assert is_sealed(json.loads((path / "run.json").read_text()))
+        run.write_run({"finished": None})
+        assert "sha256" not in json.loads((path / "run.json").read_text()), "it goes on"
         assert after["finished"] >= record["started"]
     with start(tmp_path / "other") as other:
         assert other.record["run_id"] != record["run_id"]
