@@ -30,7 +30,7 @@ from jaxft.hub.load import load_model, open_model
 from jaxft.hub.model_files import config_file, open_weights, read_config, read_json
 from jaxft.hub.peft import TENSOR_STEM, base_of, load_adapter, save_adapter
 from jaxft.hub.peft_config import CONFIG_FILE
-from jaxft.hub.resolve import is_repo_id
+from jaxft.hub.resolve import is_gguf, is_repo_id
 from jaxft.hub.save import copy_companions, save_model
 from jaxft.hub.stage import staged
 from jaxft.hub.tokenizer_files import write_json
@@ -80,8 +80,12 @@ def write_adapter(run: Run, directory: Path, source: Source, called: BaseName, f
     base = describe_model(open_model(Path(source.path))[0], "float32", None)
     base.source = source
     model = load_adapter(base, run.result)
+    other_weights = is_gguf(Path(source.path)) and called != BaseName(*base_of(source))
+    if other_weights:
+        model.source = None  # with the fingerprint of the GGUF file, the adapter would refuse those it is to be used on
     if fold:
         model = portable(model)
+    if fold or other_weights:
         save_adapter(model, directory)
     else:
         for name in (CONFIG_FILE, f"{TENSOR_STEM}.safetensors"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from huggingface_hub import constants
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -468,6 +469,14 @@ def test_the_base_is_found_where_it_was_and_where_it_is_now(run, base, tmp_path,
     assert "PEFT adapter for org/model\n" in capsys.readouterr().out
     assert base_named(tmp_path / "d" / "out") == ("org/model", None)
     assert '--base "$(hf download org/model)"' in (tmp_path / "d" / "out" / "README.md").read_text()
+    for folded in ((), ("--portable",)):  # a GGUF file is not the repository that it was made from
+        name = f"f{len(folded)}"
+        with monkeypatch.context() as patched:
+            patched.setattr("jaxft.cli.export.is_gguf", lambda path: True)
+            exported(run, "peft", tmp_path / name / "named" / "out", "--base-name", "org/model", *folded)
+            exported(run, "peft", tmp_path / name / "alone" / "out", *folded)
+        found = [fingerprint_in(tmp_path / name / place / "out") for place in ("named", "alone")]
+        assert found == [None, json.loads((run / "run.json").read_text())["fingerprints"]["base"]]
     exported(Path("run"), "merged", tmp_path / "e" / "out", "--base", "moved")
     assert f"Base: `{moved}`" in (tmp_path / "e" / "out" / "README.md").read_text()
 
@@ -500,6 +509,11 @@ def test_a_base_of_the_hub_is_named_by_repository_and_commit(run, base, tmp_path
         card = (tmp_path / out / "out" / "README.md").read_text()
         assert f'--base "$(hf download org/model --revision {commit})"' in card
         assert f"vllm serve org/model --revision {commit} --tokenizer DIR" in card
+
+
+def fingerprint_in(adapter: Path) -> str | None:
+    with safe_open(adapter / "adapter_model.safetensors", "np") as file:
+        return (file.metadata() or {}).get("jaxft_base_fingerprint")
 
 
 def base_named(adapter: Path) -> tuple[str, str | None]:
