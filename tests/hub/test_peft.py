@@ -140,6 +140,38 @@ def test_merged_model_in_transformers(base, settings, tmp_path):
     assert_logits_agree(torch_logits(torch_base(tmp_path)), np.asarray(model(TOKENS)))
 
 
+TRANSPOSED = {
+    "rslora": dict(r=4, lora_alpha=6, use_rslora=True),
+    "patterns": dict(r=4, lora_alpha=8, rank_pattern={"c_attn": 7}, alpha_pattern={r"mlp\.c_proj": 2, "c_fc": 20}),
+    "dora": dict(r=4, lora_alpha=6, use_dora=True, use_rslora=True, rank_pattern={r"attn\.c_proj": 2}),
+}
+
+
+@pytest.mark.parametrize("settings", TRANSPOSED.values(), ids=TRANSPOSED)
+def test_a_base_that_stores_its_weights_transposed(settings, tmp_path):
+    """GPT-2's, in PEFT and merged: the projections are [in, out], the magnitudes of DoRA belong to their columns."""
+    torch.manual_seed(4)
+    config = transformers.GPT2Config(vocab_size=97, n_embd=24, n_layer=2, n_head=3, n_positions=32)
+    reference = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter) + (parameter.ndim == 1))
+    for name in ("base", "adapter", "merged"):
+        (tmp_path / name).mkdir()
+    reference.save_pretrained(tmp_path / "base")
+
+    def loaded(name):
+        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+
+    model = randomised(jaxft.load_model(tmp_path / "base"), lora_config(settings))
+    jaxft.save_adapter(model, tmp_path / "adapter")
+    ours = np.asarray(model(TOKENS))
+    assert np.abs(ours - torch_logits(loaded("base"))).max() > 0.05
+    assert_logits_agree(torch_logits(peft.PeftModel.from_pretrained(loaded("base"), tmp_path / "adapter").eval()), ours)
+    jaxft.save_model(jaxft.merge_adapter(model), tmp_path / "merged")
+    assert_logits_agree(torch_logits(loaded("merged")), ours)
+
+
 def test_saved_config_is_what_consumers_expect(base, tmp_path):
     model = randomised(jaxft.load_model(base), lora_config(VARIANTS["patterns"]))
     jaxft.save_adapter(model, tmp_path)
