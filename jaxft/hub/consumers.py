@@ -69,7 +69,9 @@ def consumers(adapter: Adapter) -> list[str]:
         return [*lines, f"vLLM, SGLang and llama.cpp do not take DoRA: {_MERGED}"]
     lines += _scaling(adapter)
     if adapter.transposed:
-        lines.append(f"llama.cpp would read this base's adapters transposed, and vLLM has none for it: {_MERGED}")
+        lines.append(
+            f"llama.cpp refuses this base's adapters or reads them transposed, and vLLM takes none for it: {_MERGED}"
+        )
     if adapter.parameters:
         lines.append(f"SGLang and llama.cpp do not take adapters on experts in one tensor: {_MERGED}")
     if adapter.rank > VLLM_RANKS[-1]:
