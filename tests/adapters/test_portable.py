@@ -161,7 +161,7 @@ def test_who_will_not_take_it(random_checkpoint, settings, expected):
 
 def test_what_depends_on_the_base(random_checkpoint):
     (line,) = told(GPT2, random_checkpoint)
-    assert line.startswith("llama.cpp refuses this base's adapters or reads them transposed, and vLLM takes none for it")
+    assert line.startswith("llama.cpp refuses this base's adapters or reads them transposed, and vLLM takes none")
     model = attach(jaxft.load_model(random_checkpoint(LLAMA)), LoraConfig(4, 8), jax.random.key(0))
     plain = adapter_of(model, Path("model"))
     (line,) = consumers(adapter_of(model, Path("model.gguf")))
