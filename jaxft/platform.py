@@ -24,6 +24,8 @@ from pathlib import Path
 
 import jax
 
+from jaxft.sharding.jax_internals import DISCOVERY_LOG
+
 GPU_MEMORY = 0.92
 """Of a GPU's memory, what programs may take."""
 
@@ -85,7 +87,7 @@ def devices_needed() -> Iterator[None]:
     Raises:
         ValueError: there are none of the platform that JAX_PLATFORMS names; says what to do.
     """
-    discovery = logging.getLogger("jax._src.xla_bridge")
+    discovery = logging.getLogger(DISCOVERY_LOG)
     discovery.addFilter(_without_traceback)
     try:
         yield

@@ -1,6 +1,7 @@
 """What every test shares: eight virtual CPU devices, strict dtype promotion, and real models where they are at hand."""
 
 import json
+import logging
 import os
 import re
 import socket
@@ -37,6 +38,16 @@ def forget_programs():
     """A compiled program takes some memory maps. Linux gives a process 65,530 of them, and beyond that XLA crashes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def forget_log_handlers():
+    """A command sends the log to the stderr of its test, which later tests must not write to."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in set(root.handlers).difference(before):
+        root.removeHandler(handler)
 
 
 @pytest.fixture

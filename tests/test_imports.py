@@ -45,7 +45,7 @@ ALLOWED = {
     "objectives": {"sharding", "rules"},
     "training": EVERYTHING_BELOW | {"objectives"},
     "evaluation": EVERYTHING_BELOW | {"objectives", "training", "generation"},
-    "platform": set(),
+    "platform": {"sharding"},
     "planning": EVERYTHING_BELOW | {"objectives", "training", "platform"},
     "cli": EVERYTHING_BELOW | {"objectives", "training", "generation", "evaluation", "planning", "platform"},
 }

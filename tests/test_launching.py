@@ -46,7 +46,8 @@ def commands(path: Path) -> list[tuple[str, list[str]]]:
         if "scripts/train.py --config" in line:
             words = re.sub("[\"']", "", line.split("scripts/train.py --config")[1]).split()
             config = default[1] if words[0] == "$CONFIG" else words[0]
-            found.append((config, [word for word in words[1:] if "=" in word]))
+            expanded = (re.sub(r"\$(\w+)", r"\1", word) for word in words[1:])  # the shell does it
+            found.append((config, [word for word in expanded if "=" in word]))
     return found
 
 

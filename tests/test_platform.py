@@ -9,6 +9,7 @@ import pytest
 
 from jaxft import platform
 from jaxft.platform import devices_needed
+from jaxft.sharding.jax_internals import DISCOVERY_LOG
 
 SCRIPT = """
 import os
@@ -118,5 +119,5 @@ def test_a_plugin_that_finds_no_device_is_told_in_a_line(caplog):
         try:
             raise RuntimeError("no GPU")
         except RuntimeError:
-            logging.getLogger("jax._src.xla_bridge").exception("plugin configuration error")
+            logging.getLogger(DISCOVERY_LOG).exception("plugin configuration error")
     assert [(one.getMessage(), one.exc_info) for one in caplog.records][:1] == [("plugin configuration error", None)]

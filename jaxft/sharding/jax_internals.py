@@ -13,6 +13,10 @@ TESTED = "0.10.2"
 """The newest version of jax in which everything here was found."""
 
 
+DISCOVERY_LOG = "jax._src.xla_bridge"
+"""The logger that tells of plugins which find no device."""
+
+
 class JaxInternalsError(ValueError):
     """This version of JAX lacks something that jaxft uses of its inside."""
 

@@ -11,6 +11,7 @@ import yaml
 from jaxft.cli import evaluate, export, generate
 from jaxft.cli.train import main
 from jaxft.hub.digests import check_digests
+from jaxft.training.manifest import sealed
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -182,7 +183,8 @@ def test_a_moved_model_is_named(runs, tmp_path, capsys):
     assert record["base"] == {"name": "model", "path": str(runs / "model"), "revision": None}
     moved = Path(shutil.copytree(runs / "model", tmp_path / "elsewhere"))
     record["base"]["path"] = str(runs / "gone")
-    (copy / "run.json").write_text(json.dumps(record))
+    del record["sha256"]
+    (copy / "run.json").write_text(json.dumps(sealed(record)))
     assert run_export(copy, "merged", tmp_path / "out") == 2
     assert f"error: {runs / 'gone'}: no such directory or file; " in capsys.readouterr().err
     assert run_export(copy, "merged", tmp_path / "out", "--base", str(moved)) == 0

@@ -385,7 +385,7 @@ def test_a_signal_whose_checkpoint_cannot_be_written_is_an_error(place, capsys, 
     monkeypatch.setattr(CheckpointManager, "save", save)
     monkeypatch.setattr(CheckpointManager, "wait_until_finished", wait)
     monkeypatch.setattr(command, "Progress", Interrupting)
-    assert "run/checkpoints/1 could not be written: [Errno 28] No space left on device" in refused(capsys)
+    assert "run/checkpoints/1 could not be written: No space left on device; make room there; " in refused(capsys)
     assert json.loads((place / "run/run.json").read_text())["finished"] is None
     assert not (place / "run/adapter").exists()
 
