@@ -67,6 +67,7 @@ def jaxft_stepper(model_dir: str, dtype: str, quantization: str | None, tokens: 
     from jaxft.config import Config
     from jaxft.data.batch import Batch
     from jaxft.models.linear import Adapter
+    from jaxft.objectives.sft import Sft
     from jaxft.training.optimizer import make_optimizer
     from jaxft.training.state import Partition
     from jaxft.training.step import initial_state, make_train_step
@@ -84,7 +85,7 @@ def jaxft_stepper(model_dir: str, dtype: str, quantization: str | None, tokens: 
     trained, frozen = partition.split(model)
     optimizer = make_optimizer(config, 1, partition.names)
     state = initial_state(trained, optimizer)
-    train_step = make_train_step(partition, optimizer, state)
+    train_step = make_train_step(partition, Sft(), optimizer, state)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     row = Batch(tokens, np.ones(tokens.shape, bool), np.ones_like(tokens), positions)
     batch = Batch(*(field[None] for field in row))

@@ -216,6 +216,10 @@ class Config(_Section):
     )
 
     # Optimization
+    loss_type: Literal["nll", "dft"] = Field(
+        "nll",
+        description="Of a token to learn: its negative log-probability, or that weighted by the probability (dft).",
+    )
     micro_batch_size: PositiveInt = Field(1, description="Rows per data-parallel group per micro-batch.")
     gradient_accumulation_steps: PositiveInt = Field(1, description="Micro-batches per update.")
     learning_rate: PositiveFloat = Field(2e-4, description="Peak learning rate, reached when warm-up ends.")

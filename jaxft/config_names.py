@@ -59,6 +59,7 @@ TRANSLATIONS: dict[str, dict[str | int | bool | None, Settings]] = {
     "pure_bf16": {True: {"dtype": "bfloat16"}, False: {}},
     "train_on_inputs": {True: {"assistant_only_loss": False}, False: {"assistant_only_loss": True}},
     "train_on_prompt": {True: {"assistant_only_loss": False}, False: {"assistant_only_loss": True}},
+    "use_dft_loss": {True: {"loss_type": "dft"}, False: {"loss_type": "nll"}},
     "gradient_checkpointing": {True: {"remat": "full"}, False: {"remat": "none"}},
     "activation_offloading": {True: {"offload": ["activations"]}, False: {"offload": []}},
     "save_strategy": {"epoch": {"save_steps": None}, "steps": {}},

@@ -42,7 +42,7 @@ ALLOWED = {
     "hub": {"models", "adapters", "quantization", "sharding", "rules", "redact", "limits"},
     "generation": {"models", "adapters", "quantization", "sharding", "rules"},
     "data": {"config", "rules", "redact", "limits"},
-    "objectives": {"sharding", "rules"},
+    "objectives": {"models", "sharding", "rules"},
     "training": EVERYTHING_BELOW | {"objectives"},
     "evaluation": EVERYTHING_BELOW | {"objectives", "training", "generation"},
     "platform": set(),

@@ -59,6 +59,8 @@ class LoRA(nnx.Module):
     s. The products are computed in the dtype of the activations and accumulated in float32.
     """
 
+    by_output = ("B", "magnitude", "row_squares")
+
     def __init__(
         self,
         spec: LoraSpec,
@@ -88,6 +90,10 @@ class LoRA(nnx.Module):
         if self.spec.use_dora:
             parts += [(self.magnitude, by_row), (self.row_squares, by_row)]
         return [(variable, cut.stacked(variable.get_value().ndim)) for variable, cut in parts]
+
+    def unbind(self) -> None:
+        """Forget how the arrays lie on a mesh."""
+        self.layout_A = self.layout_B = None
 
     def __call__(self, linear: Linear, x: jax.Array, key: jax.Array | None, out_dtype: jnp.dtype | None) -> jax.Array:
         """The adapted product for x [..., in], without the bias: [..., out]."""

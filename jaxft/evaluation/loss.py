@@ -9,10 +9,10 @@ from jaxft.data.tokenized import TokenizedSet
 from jaxft.models.decoder import Decoder
 from jaxft.models.kernels import Backend
 from jaxft.models.linear import Adapter
+from jaxft.objectives.sft import Sft
 from jaxft.sharding.mesh import batch_ways
 from jaxft.training.held_out import HeldOut
 from jaxft.training.state import Partition
-from jaxft.training.step import make_eval_step
 
 
 class Score(NamedTuple):
@@ -40,8 +40,9 @@ def score(model: Decoder, examples: TokenizedSet, *, batch_size: int, max_length
     partition, backend = Partition(model, Adapter), Backend(model.attn_implementation, mesh)
     rows = batch_size * batch_ways(mesh)
     held_out = HeldOut(examples, model.config, backend, model.dtype, rows=rows, max_length=max_length, long_rows=False)
-    step = make_eval_step(partition, held_out.packed)
-    total, count = held_out.summed_loss(step, *partition.split(model))
-    if not math.isfinite(total):
-        raise ValueError(f"the loss is {total}; look for NaN or inf in the weights of the model and of its adapter")
-    return Score(total / count, int(count))
+    found = held_out.evaluator(partition, Sft())(*partition.split(model))
+    if not math.isfinite(found.loss):
+        raise ValueError(
+            f"the loss is {found.loss}; look for NaN or inf in the weights of the model and of its adapter"
+        )
+    return Score(found.loss / found.count, int(found.count))

@@ -75,11 +75,7 @@ def write_report(
     """
     curves = {key: _points(records, key) for key in ("loss", "eval_loss", "tokens", *_SMALL_CHARTS)}
     loss = _loss_chart(curves, _last_step(records))
-    charts = [
-        make_chart(name, {name: curves[key]}, unit=unit, last_step=_last_step(records))
-        for key, (name, unit) in _SMALL_CHARTS.items()
-        if curves[key]
-    ]
+    charts = [*_measured_charts(records), *_small_charts(curves, _last_step(records))]
     page = _TEMPLATES.get_template("report.html").render(
         title=title,
         run=run,
@@ -114,6 +110,11 @@ _SMALL_CHARTS = {
     "tokens_per_second": ("Throughput", "tokens/s"),
     "grad_norm": ("Gradient norm", ""),
 }
+_NOT_MEASURED = {
+    *("step", "epoch", "loss", "tokens", "skipped_updates", "eval_loss", "eval_perplexity"),
+    *_SMALL_CHARTS,
+}
+"""Keys of records that every run has; any other is something that its objective measures."""
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> Points:
@@ -132,6 +133,21 @@ def _loss_chart(curves: Mapping[str, Points], last_step: int) -> Chart | None:
     if not series:
         return None
     return make_chart("Loss", series, last_step=last_step, from_zero=False, best_of=best_of)
+
+
+def _measured_charts(records: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
+    """One for each number that the objective measures besides its loss."""
+    keys = dict.fromkeys(key for record in records for key in record if key not in _NOT_MEASURED)
+    for name in dict.fromkeys(key.removeprefix("eval_") for key in keys):
+        series = {"training": _points(records, name), "held-out": _points(records, f"eval_{name}")}
+        there = {label: points for label, points in series.items() if points}
+        yield make_chart(name, there, unit="", last_step=_last_step(records), from_zero=False)
+
+
+def _small_charts(curves: Mapping[str, Points], last_step: int) -> Iterator[Chart]:
+    for key, (name, unit) in _SMALL_CHARTS.items():
+        if curves[key]:
+            yield make_chart(name, {name: curves[key]}, unit=unit, last_step=last_step)
 
 
 def _headlines(run: ReportData, curves: Mapping[str, Points]) -> Iterator[_Fact]:

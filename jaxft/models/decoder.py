@@ -8,6 +8,7 @@ Axes: B batch, T tokens, S cache slots, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jaxft.models.blockwise import Reach
 from jaxft.models.config import DecoderConfig, LayerSpec, Source
 from jaxft.models.embedding import Embedding
 from jaxft.models.experts import Balance
+from jaxft.models.head import Arrays, Head, pieces
 from jaxft.models.kernels import Backend, Implementation
 from jaxft.models.layer import Layer, norm
 from jaxft.models.linear import Linear, Weight
@@ -180,6 +182,10 @@ class Decoder(nnx.Module):
     def unembed(self, h: jax.Array) -> jax.Array:
         """Logits [..., V] float32 of hidden states [..., D]."""
         return project(self.config, self.head, h)
+
+    def head_pieces(self, trained_type: type[nnx.Variable]) -> tuple[Head, Arrays, Arrays]:
+        """The output head as the loss takes it: itself, its trained arrays and its frozen ones."""
+        return pieces(self.head, partial(project, self.config), trained_type)
 
     @property
     def backend(self) -> Backend:

@@ -24,7 +24,17 @@ class Adapter(nnx.Variable):
 
 
 class LinearAdapter(Protocol):
-    """What a linear layer may carry beside its weight: gives x Wᵀ, adapted, for the linear it sits on."""
+    """What a linear layer may carry beside its weight: gives x Wᵀ, adapted, for the linear it sits on.
+
+    Attributes:
+        by_output: the names of its variables that have a row for each output feature.
+    """
+
+    by_output: tuple[str, ...]
+
+    def unbind(self) -> None:
+        """Forget how its arrays lie on a mesh."""
+        ...
 
     def __call__(
         self, linear: "Linear", x: jax.Array, key: jax.Array | None, out_dtype: jnp.dtype | None

@@ -51,7 +51,9 @@ class AbstractStep:
         self.batch = _batch((config.gradient_accumulation_steps, rows, config.max_length), mesh)
         adapters = [site.linear.adapter for site in sites(self.model) if site.linear.adapter is not None]
         seed = config.seed if any(adapter.spec.dropout for adapter in adapters) else None
-        self.step = make_train_step(partition, optimizer, self.state, seed, config.router_aux_loss_coef, config.packing)
+        self.step = make_train_step(
+            partition, recipe.objective, optimizer, self.state, seed, config.router_aux_loss_coef, config.packing
+        )
 
     def compile(self) -> jax.stages.Compiled:
         return self.step.lower(self.state, self.frozen, self.batch).compile()

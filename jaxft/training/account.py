@@ -21,14 +21,18 @@ class NonFiniteLossError(RuntimeError):
 class Window:
     """Sums since the last line of the log."""
 
-    loss: float = 0.0  # summed over supervised tokens
-    supervised: int = 0
+    loss: float = 0.0  # summed over what the objective counts
+    count: int = 0
     tokens: int = 0
+    measured: dict[str, tuple[float, float]] = field(default_factory=dict)  # name -> a sum and its count
 
     def add(self, metrics: Metrics) -> None:
-        self.loss += float(metrics.loss) * int(metrics.supervised)
-        self.supervised += int(metrics.supervised)
+        self.loss += float(metrics.loss) * int(metrics.count)
+        self.count += int(metrics.count)
         self.tokens += int(metrics.tokens)
+        for name, (total, count) in metrics.measured.items():
+            total_before, count_before = self.measured.get(name, (0.0, 0.0))
+            self.measured[name] = total_before + float(total), count_before + float(count)
 
 
 @dataclass
@@ -127,7 +131,8 @@ class Account:
         record = {
             "step": step,
             "epoch": round(self._schedule.epoch(step), 4),
-            "loss": window.loss / max(window.supervised, 1),
+            "loss": window.loss / max(window.count, 1),
+            **{name: total / max(count, 1.0) for name, (total, count) in window.measured.items()},
             "grad_norm": float(metrics.grad_norm),
             "learning_rate": float(self._learning_rate(max(step - 1 - skipped, 0))),  # skipped: not counted
             "tokens": self._books.tokens,

@@ -18,13 +18,13 @@ from jaxft.data.loader import eval_batches, row_length
 from jaxft.data.tokenized import TokenizedSet
 from jaxft.models.config import DecoderConfig
 from jaxft.models.kernels import Backend, packs
+from jaxft.objectives.objective import Objective, Tally
 from jaxft.sharding.arrays import on_host, place, place_rows, rows_here
 from jaxft.training.account import Bookkeeping
 from jaxft.training.inputs import Inputs
 from jaxft.training.logging import MetricsLog, Progress
-from jaxft.training.state import Trained
-
-EvalStep = Callable[[Trained, nnx.State, Batch, jax.Array, int], jax.Array]
+from jaxft.training.state import Partition, Trained
+from jaxft.training.step import make_eval_step, nothing
 
 AHEAD = 8
 """Batches that are on their way to the devices while the host makes more."""
@@ -85,21 +85,22 @@ class HeldOut:
         ):
             yield Batch(*(field[0] for field in batch))
 
-    def summed_loss(self, step: EvalStep, trained: Trained, frozen: nnx.State) -> tuple[float, float]:
-        """Cross-entropy summed over all supervised tokens of the examples, and how many there are.
+    def evaluator(self, partition: Partition, objective: Objective) -> Callable[[Trained, nnx.State], Tally]:
+        """Gives the objective's sums over all of the examples, as floats, for trained arrays and frozen ones."""
+        step, everywhere = make_eval_step(partition, objective, self.packed), NamedSharding(self._mesh, P())
 
-        Args:
-            step: of `make_eval_step`, with `packed` as it is here.
-        """
-        sums = place(np.zeros((len(self._examples), 2), np.float32), NamedSharding(self._mesh, P()))
-        running = deque(maxlen=AHEAD)
-        for number, batch in enumerate(self.batches()):
-            if len(running) == AHEAD:
-                running[0].block_until_ready()  # so that no more batches lie on the devices
-            sums = step(trained, frozen, place_rows(batch, self._mesh, self._rows), sums, number)
-            running.append(sums)
-        total, count = on_host(sums).astype(np.float64).sum(axis=0).tolist()
-        return total, count
+        def evaluate(trained: Trained, frozen: nnx.State) -> Tally:
+            zeros = np.zeros(len(self._examples), np.float32)  # there are no more batches than examples
+            tallies = jax.tree.map(lambda _: place(zeros, everywhere), nothing(objective))
+            running = deque(maxlen=AHEAD)
+            for number, batch in enumerate(self.batches()):
+                if len(running) == AHEAD:
+                    running[0].count.block_until_ready()  # so that no more batches lie on the devices
+                tallies = step(trained, frozen, place_rows(batch, self._mesh, self._rows), tallies, number)
+                running.append(tallies)
+            return jax.tree.map(lambda sums: float(on_host(sums).astype(np.float64).sum()), tallies)
+
+        return evaluate
 
 
 def is_evaluation(inputs: Inputs, step: int) -> bool:
@@ -111,8 +112,10 @@ def is_evaluation(inputs: Inputs, step: int) -> bool:
     return inputs.schedule.ends_epoch(step)
 
 
-def log_evaluation(log: MetricsLog, progress: Progress, step: int, loss: float) -> None:
+def log_evaluation(log: MetricsLog, progress: Progress, step: int, found: Tally) -> None:
+    loss = found.loss / found.count
     record = {"step": step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+    record |= {f"eval_{name}": total / max(count, 1.0) for name, (total, count) in found.metrics.items()}
     log.log(record)
     progress.message(f"step {step}: held-out loss {loss:.4f}, perplexity {record['eval_perplexity']:.3f}")
 

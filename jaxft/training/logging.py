@@ -7,7 +7,8 @@ which `float()` (and JavaScript's `Number()`) turns back into the number.
 
 A record is a flat dict with the key `step` (updates done). The keys of a training record: `epoch`, `loss`,
 `grad_norm`, `learning_rate`, `tokens` and `skipped_updates` (both since the run began), `tokens_per_second`
-(since the record before). An evaluation record has `eval_loss` and other keys that begin with `eval_`.
+(since the record before), and what else the objective measures, under its names. An evaluation record has `eval_loss`
+and other keys that begin with `eval_`.
 """
 
 import importlib
@@ -15,7 +16,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -181,7 +182,7 @@ class Progress:
         if self._console.is_interactive:
             self._bar.update(self._task, summary=_summary(record, ("loss", "tokens_per_second")))
         else:
-            self.message(f"step {step}/{self._total}  {_summary(record, tuple(_SHOWN))}  eta {eta}")
+            self.message(f"step {step}/{self._total}  {_summary(record, record)}  eta {eta}")
 
     def message(self, text: str) -> None:
         """Print above the bar."""
@@ -209,8 +210,18 @@ _SHOWN: dict[str, Callable[[float], str]] = {
 }
 
 
-def _summary(record: Mapping[str, Any], keys: tuple[str, ...]) -> str:
-    return "  ".join(text for key in keys if key in record and (text := _SHOWN[key](record[key])))
+_NOT_SHOWN = {"step", "epoch", "tokens"}
+
+
+def _summary(record: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """Numbers of a record in words; one that has no words of its own stands under its name."""
+    texts = (
+        _SHOWN[key](record[key]) if key in _SHOWN else f"{key} {record[key]:#.4g}"
+        for key in keys
+        if key in record
+        if key not in _NOT_SHOWN
+    )
+    return "  ".join(filter(None, texts))
 
 
 def _finished_lines(data: bytes) -> bytes:

@@ -20,8 +20,8 @@ from jaxft.training.held_out import HeldOut, is_evaluation, log_evaluation, note
 from jaxft.training.inputs import Inputs
 from jaxft.training.logging import MetricsLog, Progress
 from jaxft.training.optimizer import make_optimizer
-from jaxft.training.state import Partition, Trained, TrainState
-from jaxft.training.step import initial_state, make_eval_step, make_train_step
+from jaxft.training.state import Partition, TrainState
+from jaxft.training.step import initial_state, make_train_step
 from jaxft.training.stopping import StopSignal
 
 SAVE_SECONDS = 600
@@ -104,8 +104,9 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
     partition, frozen, state, books = begin.partition, begin.frozen, begin.state, begin.books
     step = begin.step
     dropout_seed = config.seed if begin.dropout else None
+    objective = inputs.recipe.objective
     train_step = make_train_step(
-        partition, begin.optimizer, state, dropout_seed, config.router_aux_loss_coef, config.packing
+        partition, objective, begin.optimizer, state, dropout_seed, config.router_aux_loss_coef, config.packing
     )
     place = partial(place_rows, mesh=inputs.mesh, count=inputs.rows, leading=1)
     batches = stream(inputs.schedule)
@@ -113,15 +114,9 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
         batches.set_state(books.data)
 
     if len(inputs.data.eval):
-        held_out = HeldOut.of(inputs)
-        eval_step = make_eval_step(partition, held_out.packed)
-
-    def evaluate(trained: Trained) -> float:
-        total, count = held_out.summed_loss(eval_step, trained, frozen)
-        return total / count
-
-    if step == 0 and len(inputs.data.eval):
-        log_evaluation(log, progress, 0, evaluate(state.trained))
+        evaluate = HeldOut.of(inputs).evaluator(partition, objective.held_out)
+        if step == 0:
+            log_evaluation(log, progress, 0, evaluate(state.trained, frozen))
 
     with StopSignal() as stop:
         saved, batch = time.monotonic(), None
@@ -142,9 +137,9 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
             improved = False
             if evaluates:
                 pause = time.monotonic()
-                loss = evaluate(state.trained)
-                log_evaluation(log, progress, step, loss)
-                improved = note_evaluation(books, config, step, loss)
+                found = evaluate(state.trained, frozen)
+                log_evaluation(log, progress, step, found)
+                improved = note_evaluation(books, config, step, found.loss / found.count)
                 account.pause(time.monotonic() - pause)
             finished = step == inputs.total_steps or books.stopped_early
             overdue = is_writer() and is_overdue(config, time.monotonic() - saved)  # clocks differ

@@ -16,8 +16,14 @@ from jaxft.models.kernels import Backend, Choice, choice
 from jaxft.models.linear import Adapter
 from jaxft.models.placement import check_mesh
 from jaxft.models.remat import Remat, kept
+from jaxft.objectives.dft import Dft
+from jaxft.objectives.objective import Objective
+from jaxft.objectives.sft import Sft
 from jaxft.quantization.formats import parse_format
 from jaxft.quantization.qtensor import Format
+
+OBJECTIVES: dict[str, Objective] = {"nll": Sft(), "dft": Dft()}
+"""By `loss_type`."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,10 @@ class Recipe:
             raise ValueError(
                 "router_aux_loss_coef balances a mixture of experts, and this model has none; leave it out"
             )
+
+    @property
+    def objective(self) -> Objective:
+        return OBJECTIVES[self.config.loss_type]
 
     @property
     def trained_type(self) -> type[nnx.Variable]:

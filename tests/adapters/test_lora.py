@@ -19,6 +19,7 @@ from jaxft.adapters.targets import LoraConfig
 from jaxft.config import Config
 from jaxft.data.batch import Batch
 from jaxft.models.linear import Adapter, Linear
+from jaxft.objectives.sft import Sft
 from jaxft.quantization.formats import parse_format
 from jaxft.quantization.qtensor import quantize
 from jaxft.training.optimizer import make_optimizer
@@ -262,7 +263,7 @@ def test_padding_stays_zero_and_absent_adapters_absent(base, use_dora):
     settings = Config(model_name_or_path="m", output_dir="o", datasets=["d"], learning_rate=0.01, weight_decay=0.3)
     optimizer = make_optimizer(settings, 10, partition.names)
     state, batches = initial_state(jax.tree.map(jnp.copy, trained), optimizer), batch(10)
-    step = make_train_step(partition, optimizer, state)
+    step = make_train_step(partition, Sft(), optimizer, state)
     for index in range(10):
         state, metrics = step(state, frozen, Batch(*(field[index] for field in batches)))
         assert int(metrics.skipped_in_a_row) == 0

@@ -16,8 +16,9 @@ from jaxft.generation.generate import generate
 from jaxft.hub.peft_experts import unflat
 from jaxft.models.hf_config import decoder_config
 from jaxft.models.linear import Adapter
+from jaxft.objectives.sft import Sft
 from jaxft.training.state import Partition
-from jaxft.training.step import loss_sum
+from jaxft.training.step import tally
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -443,7 +444,7 @@ def gradients(model, tokens):
     batch = Batch(tokens, np.ones_like(tokens, bool), np.ones_like(tokens), np.indices(tokens.shape, np.int32)[1])
 
     def loss(trained):
-        total, count = loss_sum(partition.join(trained, frozen), Adapter, batch, None)
+        total, count = tally(partition.join(trained, frozen), Adapter, Sft(), batch, None)[:2]
         return total / count
 
     return factors_of(partition.join(jax.jit(jax.grad(loss))(trained), frozen))

@@ -14,9 +14,10 @@ from jaxft.generation.generate import generate
 from jaxft.models.hf_config import decoder_config
 from jaxft.models.linear import Adapter
 from jaxft.models.placement import check_mesh
+from jaxft.objectives.sft import Sft
 from jaxft.sharding.mesh import batch_sharding, make_mesh
 from jaxft.training.state import Partition
-from jaxft.training.step import loss_sum
+from jaxft.training.step import tally
 
 SIZES = dict(
     vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8,
@@ -56,7 +57,7 @@ def prepared(directory, mesh):
     @jax.jit
     def run(trained, frozen, batch):
         def loss(trained):
-            return loss_sum(partition.join(trained, frozen), Adapter, batch, None)
+            return tally(partition.join(trained, frozen), Adapter, Sft(), batch, None)[:2]
 
         return jax.value_and_grad(loss, has_aux=True)(trained)
 

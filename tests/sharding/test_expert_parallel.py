@@ -12,10 +12,11 @@ from jaxft.data.batch import Batch
 from jaxft.models.hf_config import decoder_config
 from jaxft.models.linear import Adapter
 from jaxft.models.placement import check_mesh
+from jaxft.objectives.sft import Sft
 from jaxft.quantization.nf4 import NF4
 from jaxft.sharding.mesh import batch_sharding, make_mesh
 from jaxft.training.state import Partition
-from jaxft.training.step import loss_sum
+from jaxft.training.step import tally
 
 SIZES = dict(
     vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
@@ -61,7 +62,7 @@ def gradients(directory, form: str | None, mesh, trained_type):
     @jax.jit
     def run(trained, frozen, batch):
         def loss(trained):
-            return loss_sum(partition.join(trained, frozen), trained_type, batch, None)
+            return tally(partition.join(trained, frozen), trained_type, Sft(), batch, None)[:2]
 
         return jax.value_and_grad(loss, has_aux=True)(trained)
 

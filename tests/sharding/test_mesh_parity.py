@@ -12,10 +12,11 @@ from jaxft.adapters.targets import LoraConfig
 from jaxft.config import Config
 from jaxft.data.batch import Batch
 from jaxft.models.linear import Adapter
+from jaxft.objectives.sft import Sft
 from jaxft.sharding.mesh import batch_sharding, make_mesh
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import Partition
-from jaxft.training.step import initial_state, loss_sum, make_train_step
+from jaxft.training.step import initial_state, make_train_step, tally
 
 MESHES = {
     "data8": dict(data=8),
@@ -71,7 +72,7 @@ def gradients(directory, form: str, mesh):
     @jax.jit
     def run(trained, frozen, batch):
         def loss(trained):
-            return loss_sum(partition.join(trained, frozen), Adapter, batch, None)
+            return tally(partition.join(trained, frozen), Adapter, Sft(), batch, None)[:2]
 
         return jax.value_and_grad(loss, has_aux=True)(trained)
 
@@ -106,7 +107,7 @@ def test_no_dequantized_weight_crosses_devices(directory, form, mesh):
     config = Config(model_name_or_path="m", output_dir="o", datasets=[{"path": "d"}])
     optimizer = make_optimizer(config, 10, partition.names)
     state = initial_state(trained, optimizer, mesh)
-    step = make_train_step(partition, optimizer, state)
+    step = make_train_step(partition, Sft(), optimizer, state)
     batch = jax.device_put(jax.tree.map(lambda x: x[None], packed_batch()), batch_sharding(mesh, leading=1))
     text = step.lower(state, frozen, batch).compile().as_text()
     moved = re.findall(r"= \(?(\w+)\[([\d,]*)\]\S* (all-gather|collective-permute|all-to-all)", text)
@@ -131,7 +132,7 @@ def test_state_keeps_its_place_and_the_step_compiles_once(directory, mesh):
     config = Config(model_name_or_path="m", output_dir="o", datasets=[{"path": "d"}])
     optimizer = make_optimizer(config, 10, partition.names)
     state = initial_state(trained, optimizer, mesh)
-    step = make_train_step(partition, optimizer, state)
+    step = make_train_step(partition, Sft(), optimizer, state)
     batch = jax.device_put(jax.tree.map(lambda x: x[None], packed_batch()), batch_sharding(mesh, leading=1))
     places = jax.tree.map(lambda x: x.sharding, state)
     for _ in range(3):
@@ -152,7 +153,7 @@ def test_full_training_on_a_mesh(directory):
         partition = Partition(model, nnx.Param)
         trained, frozen = partition.split(model)
         batch = packed_batch() if mesh is None else jax.device_put(packed_batch(), batch_sharding(mesh))
-        grad = jax.jit(jax.grad(lambda t, f, b: loss_sum(partition.join(t, f), nnx.Param, b, None)[0]))
+        grad = jax.jit(jax.grad(lambda t, f, b: tally(partition.join(t, f), nnx.Param, Sft(), b, None)[0]))
         return jax.tree.map(np.asarray, grad(trained, frozen, batch))
 
     expected = run(None)

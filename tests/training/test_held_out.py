@@ -1,5 +1,7 @@
 """The held-out loss, packed and not, on one device and on many."""
 
+from copy import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,11 @@ from jaxft.data.tokenized import Tokenized, TokenizedSet
 from jaxft.models import kernels
 from jaxft.models.kernels import Backend
 from jaxft.models.linear import Adapter
+from jaxft.objectives.sft import Sft
 from jaxft.sharding.mesh import make_mesh
 from jaxft.training import held_out
 from jaxft.training.held_out import AHEAD, HeldOut
 from jaxft.training.state import Partition
-from jaxft.training.step import make_eval_step
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -70,11 +72,12 @@ class Judged:
             max_length=max_length,
             long_rows=long_rows,
         )
-        step = make_eval_step(self.partition, judge.packed)
         self.batches = sum(1 for _ in judge.batches())
-        found = judge.summed_loss(step, *self.partition.split(self.model))
-        assert step._cache_size() == 1, "one program for all batches"
-        return found
+        partition, traces = copy(self.partition), []
+        partition.join = lambda *parts: traces.append(None) or self.partition.join(*parts)
+        found = judge.evaluator(partition, Sft())(*self.partition.split(self.model))
+        assert len(traces) == 1, "one program for all batches"
+        return found.loss, found.count
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +134,7 @@ def test_the_host_reads_once(random_checkpoint, one, monkeypatch):
 
     monkeypatch.setattr(held_out, "deque", Watched)
     judged.loss(given, rows=2)
-    assert len(reads) == 1
+    assert reads == [(200,)] * 2, "the losses and the counts of all batches"
     assert len(waits) == judged.batches - AHEAD > 10
 
 

@@ -265,19 +265,22 @@ def test_an_update_is_read_when_the_next_one_was_started(tmp_path):
     with MetricsLog(tmp_path / "metrics.jsonl") as log, Progress(5) as progress:
         account = Account(inputs, books, log, progress, times.__next__)
         for step in (1, 2, 3):
-            account.enter(step, Metrics(float(step), 1.0, supervised=step, tokens=10, skipped=0, skipped_in_a_row=0))
+            account.enter(
+                step, Metrics(float(step), step, 1.0, 10, skipped=0, skipped_in_a_row=0, measured={"odd": (step, 2.0)})
+            )
             assert books.window.tokens + books.tokens == 10 * (step - 1)
         account.settle()
         account.settle()  # there is nothing more
         assert (books.tokens, books.window.tokens) == (20, 10)
         assert account.seconds == 4.0
         account.pause(1.0)
-        account.enter(4, Metrics(1.0, 1.0, supervised=1, tokens=10, skipped=3, skipped_in_a_row=3))
+        account.enter(4, Metrics(1.0, 1, 1.0, 10, 3, 3, {"odd": (4, 0.0)}))
         with pytest.raises(NonFiniteLossError, match=r"step 4: loss 1\.0, gradient norm 1\.0; 3 updates in a row"):
             account.settle()
     two, four = read_metrics(tmp_path / "metrics.jsonl")
     assert (two["step"], two["loss"], two["tokens"], two["tokens_per_second"]) == (2, 5 / 3, 20, 20 / 5)
     assert (four["step"], four["loss"], four["tokens"], four["skipped_updates"]) == (4, 10 / 4, 40, 3)
+    assert (two["odd"], four["odd"]) == (3 / 4, 7 / 2)
     assert four["tokens_per_second"] == 20 / (10 - 5 - 1)
 
 

@@ -13,6 +13,7 @@ from jaxft.adapters.targets import LoraConfig
 from jaxft.config import Config
 from jaxft.data.batch import Batch
 from jaxft.models.linear import Adapter
+from jaxft.objectives.sft import Sft
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import Partition
 from jaxft.training.step import initial_state, make_train_step
@@ -84,7 +85,7 @@ def test_fifty_updates_equal_peft(material, smollm2, tmp_path):
     trained, frozen = partition.split(model)
     optimizer = make_optimizer(config, STEPS, partition.names)
     state = initial_state(trained, optimizer)
-    step = make_train_step(partition, optimizer, state)
+    step = make_train_step(partition, Sft(), optimizer, state)
     ours = []
     for index in range(STEPS):
         state, metrics = step(state, frozen, Batch(*(field[index] for field in batches)))

@@ -22,6 +22,8 @@ from jaxft.adapters.targets import LoraConfig
 from jaxft.config import Config
 from jaxft.data.batch import Batch
 from jaxft.models.linear import Adapter
+from jaxft.objectives.objective import Tally
+from jaxft.objectives.sft import Sft
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import Partition, TrainState
 from jaxft.training.step import initial_state, make_eval_step, make_train_step
@@ -69,7 +71,7 @@ class Model:
 
     def step(self, optimizer: optax.GradientTransformation, dropout_seed: int | None = None) -> Callable:
         """A training step that may be traced once for every number of micro-batches."""
-        return make_train_step(self.partition, optimizer, self.state(optimizer), dropout_seed)
+        return make_train_step(self.partition, Sft(), optimizer, self.state(optimizer), dropout_seed)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def adam_step(model, adam):
     """For batches of two micro-batches; a second trace is an error."""
     partition = copy(model.partition)
     partition.join = chex.assert_max_traces(partition.join, n=1)
-    return make_train_step(partition, adam, model.state(adam))
+    return make_train_step(partition, Sft(), adam, model.state(adam))
 
 
 def examples(seed: int = 0) -> list[Example]:
@@ -183,7 +185,7 @@ def test_gradient_is_that_of_the_mean_over_all_supervised_tokens(directory, requ
     assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-6)
     squares = sum(np.square(np.asarray(g, np.float64)).sum() for g in gradient.values())
     assert float(metrics.grad_norm) == pytest.approx(math.sqrt(squares), rel=1e-5)
-    assert int(metrics.supervised) == sum(learned.sum() for _, learned in chosen) == 2 * (8 + 4 + 7 + 5)
+    assert int(metrics.count) == sum(learned.sum() for _, learned in chosen) == 2 * (8 + 4 + 7 + 5)
     assert int(metrics.tokens) == 8 * 9
     assert int(metrics.skipped_in_a_row) == 0
     close({name: model.trained[name] - array for name, array in state.trained.items()}, gradient)
@@ -200,7 +202,7 @@ def test_accumulation_equals_one_large_batch(model, sgd_step):
         state, found = model.state(SGD), []
         for _ in range(3):
             state, metrics = sgd_step(state, model.frozen, alone(chosen, accumulation))
-            found.append([float(metrics.loss), float(metrics.grad_norm), int(metrics.supervised)])
+            found.append([float(metrics.loss), float(metrics.grad_norm), int(metrics.count)])
         return state.trained, found
 
     (expected, whole), (found, parts) = updated(1), updated(4)
@@ -212,14 +214,15 @@ def test_accumulation_equals_one_large_batch(model, sgd_step):
 def test_a_batch_without_a_supervised_token_changes_nothing(model, sgd_step):
     nothing = alone(list(map(unlearned, examples())))
     state, metrics = sgd_step(model.state(SGD), model.frozen, nothing)
-    assert (float(metrics.loss), float(metrics.grad_norm), int(metrics.supervised)) == (0, 0, 0)
+    assert (float(metrics.loss), float(metrics.grad_norm), int(metrics.count)) == (0, 0, 0)
     chex.assert_trees_all_equal(jax.device_get(state.trained), jax.device_get(model.trained))
 
 
 def evaluated(model: Model, batch: Batch, packed: bool = True) -> tuple[float, float]:
     """The sums of one batch."""
-    sums = make_eval_step(model.partition, packed)(model.trained, model.frozen, batch, jnp.zeros((1, 2)), 0)
-    return tuple(sums[0].tolist())
+    step = make_eval_step(model.partition, Sft(), packed)
+    found = step(model.trained, model.frozen, batch, Tally(jnp.zeros(1), jnp.zeros(1), {}), 0)
+    return float(found.loss[0]), float(found.count[0])
 
 
 def test_packed_examples_lose_token_by_token_what_they_lose_alone(model):
@@ -228,15 +231,15 @@ def test_packed_examples_lose_token_by_token_what_they_lose_alone(model):
     single = jax.jit(lambda tokens: plain_losses(model.partition.join(model.trained, model.frozen), tokens))
     wanted = np.concatenate([single(ids)[learned[1:]] for ids, learned in chosen])
 
-    step, found = make_eval_step(model.partition), []
+    step, found = make_eval_step(model.partition, Sft()), []
     for row, token in np.argwhere(rows.loss_mask):
         mask = np.zeros_like(rows.loss_mask)
         mask[row, token] = True
-        sums = step(model.trained, model.frozen, rows._replace(loss_mask=mask), jnp.full((3, 2), 7.0), 1)
-        total, count = sums[1].tolist()
-        assert count == 1
-        assert sums[0].tolist() == sums[2].tolist() == [7, 7]
-        found.append(total)
+        sevens = Tally(jnp.full(3, 7.0), jnp.full(3, 7.0), {})
+        tallies = step(model.trained, model.frozen, rows._replace(loss_mask=mask), sevens, 1)
+        assert tallies.count.tolist() == [7, 1, 7]
+        assert tallies.loss[::2].tolist() == [7, 7]
+        found.append(float(tallies.loss[1]))
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     total, count = evaluated(model, rows)
     assert total == pytest.approx(sum(wanted), rel=1e-6)

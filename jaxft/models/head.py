@@ -1,4 +1,7 @@
-"""The rows of an output head, chunk by chunk, as one device multiplies them, however they lie on the mesh.
+"""The output head in pieces: its arrays, and their rows chunk by chunk as one device multiplies them.
+
+The loss visits the head's rows by itself, so it takes the arrays apart from the module. It needs to know which of them
+are trained, and how each lies on the mesh.
 
 The vocabulary is cut over tensor and fsdp, over tensor alone, or not. What is cut over fsdp is gathered, a chunk at a
 time. What is not cut over tensor is shared out there, so that each of its devices multiplies other rows: where the
@@ -12,10 +15,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxft.models.embedding import Embedding
+from jaxft.models.linear import Linear
 from jaxft.sharding.layout import names_of
+
+Arrays = tuple[jax.Array, ...]
 
 ALIGNED = 128
 """Large chunks have a multiple of so many rows, which suits matrix units."""
@@ -37,6 +45,42 @@ class Head:
     trained: tuple[P | None, ...]
     frozen: tuple[P | None, ...]
     mesh: Mesh | None = None
+
+
+def pieces(
+    module: Linear | Embedding,
+    project: Callable[[Linear | Embedding, jax.Array], jax.Array],
+    trained_type: type[nnx.Variable],
+) -> tuple[Head, Arrays, Arrays]:
+    """An output head, its trained arrays and its frozen ones.
+
+    Args:
+        module: may carry an adapter.
+        project: gives logits [..., V] of a head and hidden states [..., D].
+        trained_type: of the variables that are trained.
+    """
+    module, layout = nnx.clone(module), module.layout
+    module.layout = None  # the loss gathers rows itself
+    adapter = module.adapter if isinstance(module, Linear) else None
+    if adapter is not None:
+        adapter.unbind()
+    graph, *states = nnx.split(module, trained_type, ...)
+    flat = [jax.tree_util.tree_flatten_with_path(state) for state in states]
+    by_row = P(None if layout is None else layout.stored[0])
+
+    def cut(path: tuple) -> P | None:
+        *owners, name = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if owners:  # the adapter's
+            return by_row if name in adapter.by_output else None
+        return layout.stored if name == "weight" and layout is not None else by_row
+
+    def logits(trained, frozen, h):
+        parts = (jax.tree.unflatten(tree, leaves) for (_, tree), leaves in zip(flat, (trained, frozen), strict=True))
+        return project(nnx.merge(graph, *parts), h)
+
+    cuts = (tuple(cut(path) for path, _ in leaves) for leaves, _ in flat)
+    arrays = (tuple(leaf for _, leaf in leaves) for leaves, _ in flat)
+    return Head(logits, *cuts, None if layout is None else layout.mesh), *arrays
 
 
 class Chunks(NamedTuple):

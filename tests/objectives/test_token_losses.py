@@ -1,4 +1,4 @@
-"""The loss by chunks against the plain one: values and gradients, whatever head, chunks, precision and mesh."""
+"""Losses of tokens by chunks against plain ones: values and gradients, whatever head, chunks, precision and mesh."""
 
 import re
 from dataclasses import replace
@@ -12,15 +12,14 @@ from flax import nnx
 from jaxft.adapters.attach import attach
 from jaxft.adapters.targets import LoraConfig
 from jaxft.models.decoder import initialize, project
+from jaxft.models.head import Head
 from jaxft.models.hf_config import decoder_config
 from jaxft.models.linear import Adapter
 from jaxft.models.placement import bind
-from jaxft.objectives import cross_entropy as module
-from jaxft.objectives.cross_entropy import cross_entropy, next_token_targets
-from jaxft.objectives.head import Head
+from jaxft.objectives import token_losses as module
+from jaxft.objectives.token_losses import next_token_targets, token_losses
 from jaxft.sharding.layout import layout_of
 from jaxft.sharding.mesh import make_mesh
-from jaxft.training.step import head_parts
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -77,14 +76,15 @@ def make_tokens(model, rows: int = 3, length: int = 17):
 
 
 def chunked(model, trained_type, tokens):
-    """Loss, and gradients of what is trained and of the hidden states, of three times the loss."""
-    head, trained, frozen = head_parts(model, trained_type)
+    """The weighted sum of the losses times three, and its gradients: of what is trained and of the hidden states."""
+    head, trained, frozen = model.head_pieces(trained_type)
     hidden, targets, weights = tokens
 
     @jax.jit
     def run(trained, frozen, hidden):
         def loss(trained, hidden):
-            return 3.0 * cross_entropy(head, trained, frozen, hidden, targets, weights)
+            losses = token_losses(head, trained, frozen, hidden, targets, weights != 0)
+            return 3.0 * jnp.sum(weights * losses)
 
         return jax.value_and_grad(loss, (0, 1))(trained, hidden)
 
@@ -140,11 +140,12 @@ def test_without_gradients(small_chunks):
     """One product for each logit; gradients take more."""
     small_chunks(tokens=20, rows=12)
     model = make_model("dora")
-    head, trained, frozen = head_parts(model, Nothing)
+    head, trained, frozen = model.head_pieces(Nothing)
     hidden, targets, weights = make_tokens(model)
 
     def loss(hidden):
-        return cross_entropy(head, trained, frozen, hidden, targets, weights)
+        losses = token_losses(head, trained, frozen, hidden, targets, weights != 0)
+        return jnp.sum(weights * losses)
 
     expected, _ = plain(model, Nothing, (hidden, targets, weights))
     assert 3 * float(jax.jit(loss)(hidden)) == pytest.approx(float(expected), rel=3e-6)
@@ -227,8 +228,8 @@ def test_bfloat16(fitted, trained, small_chunks):
     head, arrays = (Head(logits, cut, ()), ((weight,), ())) if trained else (Head(logits, (), cut), ((), (weight,)))
 
     def loss(trained, hidden):
-        ones = jnp.ones((1, count))
-        return cross_entropy(head, trained, arrays[1], hidden[None], jnp.asarray(targets, jnp.int32)[None], ones)
+        wanted = jnp.ones((1, count), bool)
+        return token_losses(head, trained, arrays[1], hidden[None], jnp.asarray(targets, jnp.int32)[None], wanted).sum()
 
     value, (d_trained, actual) = jax.jit(jax.value_and_grad(loss, (0, 1)))(arrays[0], hidden)
     assert actual.dtype == jnp.bfloat16
@@ -301,11 +302,12 @@ def test_neither_logits_nor_the_whole_head_exist(mesh, ways, trained_type, small
     vocab_size, rows = 8 * 331, 24
     small_chunks(tokens=20, rows=rows)
     model = make_model("untied", vocab_size, 16, None if mesh is None else make_mesh(MESHES[mesh]))
-    head, trained, frozen = head_parts(model, trained_type)
+    head, trained, frozen = model.head_pieces(trained_type)
     hidden, targets, weights = make_tokens(model, 8, 40)
 
     def loss(trained, hidden, frozen):
-        return cross_entropy(head, trained, frozen, hidden, targets, weights)
+        losses = token_losses(head, trained, frozen, hidden, targets, weights != 0)
+        return jnp.sum(weights * losses)
 
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(trained, hidden, frozen).compile()
     shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]", compiled.as_text())}
@@ -322,7 +324,7 @@ def test_neither_logits_nor_the_whole_head_exist(mesh, ways, trained_type, small
 def test_gradients_lie_as_what_is_trained(trained_type, small_chunks):
     small_chunks(tokens=5, rows=16)
     model = make_model("dora", 96, 16, make_mesh(MESHES["data2-fsdp2-tensor2"]))
-    trained = head_parts(model, trained_type)[1]
+    trained = model.head_pieces(trained_type)[1]
     gradients = chunked(model, trained_type, make_tokens(model))[1][:-1]
     for one, other in zip(gradients, trained, strict=True):
         if one.shape[0] == 96:
@@ -334,8 +336,8 @@ def test_targets_stay_inside_their_segment():
     tokens = jnp.array([[5, 6, 7, 8, 9, 0]], jnp.int32)
     segments = jnp.array([[1, 1, 1, 2, 2, 0]], jnp.int32)
     everything = jnp.ones((1, 6), bool)
-    targets, weights = next_token_targets(tokens, everything, segments)
-    np.testing.assert_array_equal(weights, [[1, 1, 0, 1, 0, 0]])
-    np.testing.assert_array_equal(np.asarray(targets)[weights > 0], [6, 7, 9])
+    targets, wanted = next_token_targets(tokens, everything, segments)
+    np.testing.assert_array_equal(wanted, [[1, 1, 0, 1, 0, 0]])
+    np.testing.assert_array_equal(np.asarray(targets)[wanted], [6, 7, 9])
     answer_only = jnp.array([[False, False, True, False, True, False]])
     np.testing.assert_array_equal(next_token_targets(tokens, answer_only, segments)[1], [[0, 1, 0, 1, 0, 0]])

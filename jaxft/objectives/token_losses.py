@@ -1,4 +1,7 @@
-"""Next-token cross-entropy that never holds the logits.
+"""The negative log-probability of every target token, without ever holding the logits.
+
+Objectives are functions of these numbers (`jaxft.objectives.objective`), and their gradients reach the model through
+them: the gradient that arrives for a token scales the token's own.
 
 The vocabulary is to the loss what keys are to attention: rows of the output head are visited in chunks, and of each
 token only a running maximum and a running sum are kept. Where the head is frozen, the gradient of a hidden state is a
@@ -10,8 +13,6 @@ The target stands apart from the others. With `gap` the log-sum-exp of all other
 softplus(gap), and sigmoid(gap) is what the target lacks of probability 1. Neither is a difference of close numbers, so
 the gradient of a token that is already learned is right in relation to its own size, in bfloat16 too.
 
-Sums and counts are returned, never means: the division happens once, over all micro-batches and devices.
-
 Axes: B batch, T tokens, D hidden, V vocabulary; k chunks of C tokens; R rows in a chunk of the vocabulary.
 """
 
@@ -22,10 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxft.objectives.head import Chunks, Head
+from jaxft.models.head import Arrays, Chunks, Head
 from jaxft.sharding.mesh import BATCH_AXES, batch_ways
-
-Arrays = tuple[jax.Array, ...]
 
 CHUNK_TOKENS = 4096
 CHUNK_ROWS = 4096
@@ -39,58 +38,60 @@ _BY_TOKEN = P(BATCH_AXES, "context")
 
 
 def next_token_targets(tokens: jax.Array, loss_mask: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Targets [B, T] and weights [B, T]: position t predicts token t + 1 where that is supervised.
+    """Targets [B, T] int32, and where they are wanted [B, T] bool: position t predicts token t + 1.
 
     A token is supervised when its `loss_mask` says so and its predecessor is in the same segment.
     """
     targets = jnp.roll(tokens, -1, axis=1)
     wanted = jnp.roll(loss_mask, -1, axis=1) & (jnp.roll(segments, -1, axis=1) == segments) & (segments > 0)
-    return targets, wanted.at[:, -1].set(False).astype(jnp.float32)
+    return targets, wanted.at[:, -1].set(False)
 
 
-def cross_entropy(
-    head: Head, trained: Arrays, frozen: Arrays, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+def token_losses(
+    head: Head, trained: Arrays, frozen: Arrays, hidden: jax.Array, targets: jax.Array, wanted: jax.Array
 ) -> jax.Array:
-    """Sum over tokens of weight times cross-entropy: a float32 scalar.
+    """Negative log-probability of each target: [B, T] float32, 0 where it is not wanted.
 
     Args:
         head: what to do with the arrays.
         trained: the head's arrays that have gradients; may be empty.
         frozen: those that have none.
         hidden: [B, T, D].
-        targets: [B, T] int32; any number where the weight is 0.
-        weights: [B, T] float32; 0 for tokens that are not supervised.
+        targets: [B, T] int32; any number where it is not wanted.
+        wanted: [B, T] bool.
     """
-    if head.mesh is not None:  # every device gets as many tokens
-        ways = batch_ways(head.mesh), head.mesh.shape["context"]
-        padding = [(0, -size % count) for size, count in zip(targets.shape, ways, strict=True)]
-        hidden = jnp.pad(hidden, [*padding, (0, 0)])
-        targets, weights = jnp.pad(targets, padding), jnp.pad(weights, padding)
-    return _summed(head, trained, frozen, hidden, targets, weights)
+    if head.mesh is None:
+        return _losses(head, trained, frozen, hidden, targets, wanted)
+    ways = batch_ways(head.mesh), head.mesh.shape["context"]  # every device gets as many tokens
+    rows, length = targets.shape
+    padding = [(0, -size % count) for size, count in zip(targets.shape, ways, strict=True)]
+    hidden = jnp.pad(hidden, [*padding, (0, 0)])
+    losses = _losses(head, trained, frozen, hidden, jnp.pad(targets, padding), jnp.pad(wanted, padding))
+    return losses[:rows, :length]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed(head, trained, frozen, hidden, targets, weights):
-    return _on_devices(_loss, head, (P(), _BY_TOKEN), trained, frozen, hidden, targets, weights)[0]
+def _losses(head, trained, frozen, hidden, targets, wanted):
+    return _on_devices(_loss, head, _BY_TOKEN, trained, frozen, hidden, targets, wanted)[0]
 
 
-def _summed_forward(head, trained, frozen, hidden, targets, weights):
-    arrays = trained, frozen, hidden, targets, weights
-    function = _loss if trained else _loss_and_gradient
-    total, kept = _on_devices(function, head, (P(), _BY_TOKEN), *arrays)
-    return total, (*arrays, *kept) if trained else kept
+def _losses_forward(head, trained, frozen, hidden, targets, wanted):
+    arrays = trained, frozen, hidden, targets, wanted
+    losses, saved = _on_devices(_loss if trained else _loss_and_gradient, head, _BY_TOKEN, *arrays)
+    return losses, (*arrays, *saved) if trained else saved
 
 
-def _summed_backward(head, residuals, scale):
+def _losses_backward(head, residuals, d_losses):
     if not head.trained:
-        return (), None, (residuals.astype(scale.dtype) * scale).astype(residuals.dtype), None, None
-    trained, frozen, hidden, targets, weights, log_sum, gap = residuals
-    arrays = trained, frozen, hidden, targets, weights * scale, log_sum, gap
+        d_hidden = residuals.astype(d_losses.dtype) * d_losses[..., None]
+        return (), None, d_hidden.astype(residuals.dtype), None, None
+    trained, frozen, hidden, targets, wanted, log_sum, gap = residuals
+    arrays = trained, frozen, hidden, targets, jnp.where(wanted, d_losses, 0.0), log_sum, gap
     d_trained, d_hidden = _on_devices(_gradients, head, (_specs(head.trained), _BY_TOKEN), *arrays)
     return d_trained, None, d_hidden, None, None
 
 
-_summed.defvjp(_summed_forward, _summed_backward)
+_losses.defvjp(_losses_forward, _losses_backward)
 
 
 def _on_devices(function, head: Head, out_specs, trained: Arrays, frozen: Arrays, *by_token: jax.Array):
@@ -116,15 +117,16 @@ class Seen(NamedTuple):
     target_rows: tuple[jax.Array | None, ...]  # [k, C, ...] the head's rows for the target, with `pulled`
 
 
-def _loss(head, trained, frozen, hidden, targets, weights):
-    """The sum, and log-sum-exp and gap of each token [B, T]."""
+def _loss(head, trained, frozen, hidden, targets, wanted):
+    """Of each token [B, T]: its loss, and then log-sum-exp and gap."""
     seen = _visit(head, trained, frozen, _cut(hidden), _cut(targets), wants_gradient=False)
     gap = _joined(seen.highest + jnp.log(seen.total) - seen.target, targets)
-    return _sum(head, weights, gap), (_joined(seen.target, targets) + jax.nn.softplus(gap), gap)
+    loss = jax.nn.softplus(gap)
+    return jnp.where(wanted, loss, 0.0), (_joined(seen.target, targets) + loss, gap)
 
 
-def _loss_and_gradient(head, trained, frozen, hidden, targets, weights):
-    """The sum, and its gradient [B, T, D] with respect to the hidden states, for a head that is frozen."""
+def _loss_and_gradient(head, trained, frozen, hidden, targets, wanted):
+    """Of each token its loss [B, T], and the gradient of it [B, T, D] with respect to the token's hidden state."""
     h = _cut(hidden)
     seen = _visit(head, trained, frozen, h, _cut(targets), wants_gradient=True)
     gap = seen.highest + jnp.log(seen.total) - seen.target
@@ -134,20 +136,15 @@ def _loss_and_gradient(head, trained, frozen, hidden, targets, weights):
         return head.logits((), tuple(arrays), h[None])[0, 0]
 
     def gradient(chunk):
-        h, seen, gap, weight = chunk
+        h, seen, gap, wanted = chunk
         away = seen.pulled / seen.total[:, None]
         towards = jax.vmap(jax.grad(target_logit, 1))(seen.target_rows, h.astype(jnp.float32))
-        share = (weight * jax.nn.sigmoid(gap))[:, None]
-        # Where the weight is 0 there may be no such target, and no gradient towards it.
-        return jnp.where(weight[:, None] == 0, 0.0, share * (away - towards)).astype(h.dtype)
+        # Where a target is not wanted it may be no token, and have no gradient towards it.
+        return jnp.where(wanted[:, None], jax.nn.sigmoid(gap)[:, None] * (away - towards), 0.0).astype(h.dtype)
 
-    d_hidden = jax.lax.map(gradient, (h, seen, gap, _cut(weights)))
-    return _sum(head, weights, _joined(gap, targets)), _joined(d_hidden, hidden)
-
-
-def _sum(head, weights, gap):
-    total = jnp.sum(weights * jax.nn.softplus(gap))
-    return total if head.mesh is None else jax.lax.psum(total, (*BATCH_AXES, "context"))
+    d_hidden = jax.lax.map(gradient, (h, seen, gap, _cut(wanted)))
+    losses = jnp.where(wanted, jax.nn.softplus(_joined(gap, targets)), 0.0)
+    return losses, _joined(d_hidden, hidden)
 
 
 def _visit(head: Head, trained: Arrays, frozen: Arrays, h: jax.Array, targets: jax.Array, wants_gradient: bool) -> Seen:
