@@ -1,4 +1,4 @@
-r"""One LoRA or QLoRA step of jaxft on a GPU beside PEFT + torch: Llama-3.1-8B's shapes, random weights.
+r"""Compare one LoRA or QLoRA step on a GPU in jaxft and in PEFT + torch: Llama-3.1-8B's shapes, random weights.
 
     python benchmarks/gpu.py                # all rows, the most telling first; results in benchmarks/results/<machine>
     python benchmarks/gpu.py --minutes 9    # as many rows as that allows; --start N goes on from row N

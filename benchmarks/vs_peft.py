@@ -1,4 +1,4 @@
-"""One LoRA step of jaxft beside the same step of PEFT + torch: same model, text, dtype and machine, in one run.
+"""Compare one LoRA step in jaxft and in PEFT + torch: same model, text, dtype and machine, in one run.
 
     python benchmarks/vs_peft.py --model DIR --data FILE [--sequence 512 --batch 4 --rounds 5]
 

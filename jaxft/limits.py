@@ -21,7 +21,7 @@ class NoMemoryError(MemoryError):
 
 @contextmanager
 def memory_for(what: object) -> Iterator[None]:
-    """Turns a lack of memory inside into a `NoMemoryError` that names `what`, a file or directory."""
+    """Inside, a lack of memory becomes a `NoMemoryError` that names `what`, a file or directory."""
     try:
         yield
     except NoMemoryError:
@@ -66,7 +66,7 @@ def memory_limit() -> str:
 
 @contextmanager
 def writing(path: object, then: str = "") -> Iterator[None]:
-    """Makes an OSError inside name `path`, the fault and, if the disk is full, what to do.
+    """Inside, an OSError names `path`, the fault and, if the disk is full, what to do.
 
     Args:
         then: what to do after that, as in "; then start the run again".

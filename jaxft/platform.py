@@ -80,7 +80,7 @@ def prepared() -> Iterator[None]:
 
 @contextmanager
 def devices_needed() -> Iterator[None]:
-    """Wraps code that makes JAX look for devices.
+    """Wrap code that makes JAX look for devices.
 
     Raises:
         ValueError: JAX finds none, or none of the platform that JAX_PLATFORMS names; the message says what to do.

@@ -41,7 +41,7 @@ class LoraSpec:
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """s of each layer; 0 where there is no adapter."""
+        """s of each module; 0 without an adapter."""
         return tuple(
             alpha / (math.sqrt(rank) if self.use_rslora else rank) if rank else 0.0
             for rank, alpha in zip(self.ranks, self.alphas, strict=True)

@@ -41,7 +41,7 @@ class _Rows(NamedTuple):
 
 
 class _Progress(NamedTuple):
-    """What the loop carries."""
+    """The state of the loop."""
 
     cache: Cache
     chosen: jax.Array  # [B, S] int32, new tokens

@@ -51,7 +51,7 @@ class Experts:
 
     Attributes:
         count: experts of a layer.
-        per_token: how many of them see a token.
+        per_token: experts that see each token.
         intermediate_size: of each expert.
         normalized: the shares of the chosen experts add up to one.
         router_bias, bias: whether the router, and the experts' projections, have a bias.

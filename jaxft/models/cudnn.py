@@ -5,7 +5,7 @@ example, so causality hides it. The outputs at padding do not matter, because th
 example sees them. Rows that hold several examples cannot use these kernels (`jaxft.models.kernels`).
 
 jax also has a private interface that takes offsets for packed rows. It is not used: it steps through keys and values by
-the number of query heads, which is wrong if there are fewer key-value heads, and its behaviour is not public.
+the number of query heads, which is wrong if there are fewer key-value heads, and no public contract covers it.
 
 Axes: B batch, T tokens, N query heads, K key-value heads, H head_dim.
 """

@@ -229,7 +229,7 @@ class Decoder(nnx.Module):
         return self.model.norm(h), new_caches, balances
 
     def _constrained(self, h: jax.Array) -> jax.Array:
-        """h [B, T, D] with its sharding between layers: tokens cut over `context` if they divide by it, else whole."""
+        """h [B, T, D] as cut between layers: tokens over `context`, or not if they do not divide, as in generation."""
         if self.activations is None:
             return h
         mesh = self.activations.mesh

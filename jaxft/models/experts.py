@@ -30,7 +30,7 @@ from jaxft.sharding.mesh import BATCH_AXES, batch_ways
 
 
 class Balance(NamedTuple):
-    """How a router distributed the tokens of a layer, without padding. For the balancing loss."""
+    """How a router distributed the tokens of a layer, not counting padding. For the balancing loss."""
 
     chosen: jax.Array  # [E] how often each expert was chosen
     probability: jax.Array  # [E] summed over tokens

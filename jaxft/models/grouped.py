@@ -71,7 +71,7 @@ def _fsdp_axes(spec: P | None) -> list[int]:
 
 
 def _products(x: jax.Array, weight: Weight, sizes: jax.Array, axis: int) -> jax.Array:
-    """x [M, .] times each expert's matrix, contracted over the given axis of it: [M, ..] in x's dtype."""
+    """x [M, .] times its expert's matrix, contracted over the given axis of the matrix: [M, ..] in x's dtype."""
     y = jax.lax.platform_dependent(
         x, weight, sizes, tpu=partial(_ragged, axis=axis), default=partial(_looped, axis=axis)
     )

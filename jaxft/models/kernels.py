@@ -76,7 +76,7 @@ class Case(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A kernel, and why it is taken."""
+    """A kernel, and why it was chosen."""
 
     kernel: Kernel
     why: str

@@ -43,8 +43,8 @@ def spread(
     divide by `context`, every device has all of them outside attention too.
 
     Args:
-        segments: [B, T] int32; each device gets those of its whole rows.
-        sinks: [N]; each device gets those of its heads.
+        segments: [B, T] int32; each device gets the segments of its whole rows.
+        sinks: [N]; each device gets the sinks of its heads.
     """
     count, length = q.shape[:2]
     missing = -count % batch_ways(mesh)

@@ -5,10 +5,10 @@ A step is made of parts, one after the other: the products of the layers, attent
 as long as its products or as its traffic with the memory, whichever is longer, at the rates that programs reach.
 
 Floating point operations are counted from the model, a product of [n, k] and [k, m] as 2 n k m. Per token, for P
-parameters in products with weights: 2 P forward, 2 P for the gradient of the input, 2 P for that of the weight where
-it is trained; recomputation counts for the hardware, not for the model. So LoRA on a frozen base takes about
-4 P, not 6 P, and 6 P in hardware with `remat: full`. Attention is causal, over rows that hold one example each; packed
-rows take less.
+parameters in products with weights: 2 P forward, 2 P for the gradient of the input, 2 P for the gradient of a
+trained weight. Recomputation counts for the hardware, not for the model. So LoRA on a frozen base takes about 4 P, not
+6 P, and 6 P in hardware with `remat: full`. Attention is causal, over rows that hold one example each; packed rows take
+less.
 """
 
 import math

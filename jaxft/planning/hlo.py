@@ -45,7 +45,7 @@ class Array(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """An array that the program makes, and the operation it makes it for."""
+    """An array that the program makes, and the operation that it belongs to."""
 
     array: Array
     operation: str

@@ -43,7 +43,7 @@ class CompilerMissingError(PlanError):
 
 @dataclass(frozen=True)
 class Machine:
-    """What `machines.yaml` says of one device; see there. Bytes and seconds throughout."""
+    """The facts of one device in `machines.yaml`, which explains them. Units are bytes and seconds throughout."""
 
     name: str
     platform: str

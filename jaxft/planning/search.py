@@ -4,7 +4,7 @@ The number of rows in an update stays the same, so that the run learns the same.
 them, and a mesh that cuts rows into more parts than there are rows is no candidate.
 
 All candidates are ranked by an estimate that needs no compiler (the roofline of `cost`, with the collectives that the
-mesh implies). Then the best are compiled in turn. A candidate that does not fit rules out those at least as large.
+mesh implies). Then the best are compiled in turn. One that does not fit rules out candidates at least as large.
 """
 
 from collections.abc import Callable, Iterator
@@ -103,7 +103,7 @@ def search(
 
 
 def ranked(config: Config, decoder: DecoderConfig, topology: Topology) -> list[Candidate]:
-    """Candidates whose weights and least activations fit, the fastest by estimate first, then the smallest."""
+    """Candidates whose weights and least activations fit, fastest by estimate first; of equals, smallest first."""
     found: list[Candidate] = []
     rows, machine = rows_of(config, topology), topology.machine
     for sizes in meshes(config, decoder, len(topology.devices), machine.host):

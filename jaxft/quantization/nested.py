@@ -1,11 +1,11 @@
 """Scales in eight bits: the second quantization of QLoRA's "double quantization".
 
-The absmax values of one weight matrix, less their mean, are cut row-major into blocks of 256; each value
+The absmax values of one weight matrix, minus their mean, are cut row-major into blocks of 256; each value
 divided by the absmax of its block is rounded to the nearest of the 256 values of the dynamic map. Order and
 rounding are those of bitsandbytes, so that equal weights give equal bits:
 
 * the mean adds up as torch does on one x86 thread (`_mean`). From 32768 blocks on (2M weights) torch splits
-  the sum among its threads, a GPU adds in an order of its own, and both then differ by an ulp or two; the
+  the sum among its threads, a GPU adds in its own order, and both then differ by an ulp or two; the
   offset is stored, so a different mean costs no accuracy.
 * nearest is decided at the midpoints, as the CUDA kernel and the pure torch operation do. The C++ kernel for
   CPU rounds through a table of 65536 bins instead, which gives a few values in a thousand another code.

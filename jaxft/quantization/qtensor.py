@@ -24,7 +24,7 @@ class Format(Protocol):
         ...
 
     def encode(self, w: jax.Array) -> "QTensor":
-        """Floating point `[..., out, in]` to codes and scales, computed in f32; each matrix on its own."""
+        """Floating point `[..., out, in]` to codes and scales, computed in f32; each matrix separately."""
         ...
 
     def decode(self, q: "QTensor") -> jax.Array:

@@ -68,7 +68,7 @@ def place_rows(batch: Batch, mesh: Mesh, count: int, leading: int = 0) -> Batch:
     Args:
         batch: arrays [..., rows, T] with the rows of `rows_here`, in their order.
         count: rows of all processes together.
-        leading: how many axes stand before the rows.
+        leading: number of axes before the rows.
     """
     sharding = batch_sharding(mesh, leading)
     if sharding.is_fully_addressable:

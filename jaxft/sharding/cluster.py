@@ -101,7 +101,7 @@ def _detected(env: Environment) -> type | None:
 
 
 def _processes_on_host(env: Environment) -> int | None:
-    """How many processes SLURM or Open MPI started on this host; None: they do not say.
+    """How many processes SLURM or Open MPI started on this host; None if they do not say.
 
     JAX assumes that each process has one GPU. But a process that is alone on its host has them all.
     """
