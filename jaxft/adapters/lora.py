@@ -27,7 +27,7 @@ from jaxft.sharding.layout import Layout, over_fsdp_too
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Rank and alpha of every module in a stack (one entry when there is no stack); rank 0: no adapter there."""
+    """Rank and alpha of every module in a stack (one entry if there is no stack); rank 0 means no adapter."""
 
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]

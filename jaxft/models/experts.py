@@ -190,7 +190,7 @@ def _run(
         expert = expert - jax.lax.axis_index("expert") * own
         elsewhere = (expert < 0) | (expert >= own)
         expert, shares = jnp.where(elsewhere, own, expert), jnp.where(elsewhere, 0.0, shares)
-    if "tensor" in names and down.bias is not None:  # one device adds it, before the sum over the axis
+    if "tensor" in names and down.bias is not None:  # one device adds the bias, before the sum over the axis
         first = jax.lax.axis_index("tensor") == 0
         arrays = arrays | {"down_proj": down._replace(bias=jnp.where(first, down.bias, jnp.zeros((), down.bias.dtype)))}
 

@@ -110,7 +110,7 @@ def contract(
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """float32 products are float32 on every chip; by default GPUs and TPUs would round their operands."""
+    """Keeps float32 products in float32 on every chip; by default GPUs and TPUs would round their operands."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 

@@ -190,7 +190,7 @@ def products(model: Decoder) -> Iterable[Product]:
 
 
 def _is_recomputed(product: Product, remat: Remat) -> bool:
-    """Whether the backward pass repeats the product. It never repeats a layer's last one: the next layer's input."""
+    """Whether the backward pass repeats the product; never a layer's last one, which gives the next layer's input."""
     if remat == "none":
         return False
     saved = {"down_proj"}.union(*(SAVES[name] for name in kept(remat)))

@@ -44,7 +44,7 @@ class QTensor:
                      `format.block_in`; n = 1 where a row is one block. f32, or uint8 codes when nested.
       nested_absmax  None, or f32 `[..., ceil(out * n / 256)]`: the scales of the scales, over the flattened
                      scales of each matrix.
-      nested_offset  None, or f32 `[...]`: the mean of each matrix' scales. None exactly when nested_absmax is.
+      nested_offset  None, or f32 `[...]`: the mean of each matrix's scales. None exactly when nested_absmax is.
     Every leaf has the leading axes of the weight, so slicing a stack slices all leaves alike.
     """
 
@@ -94,7 +94,7 @@ class QTensor:
 def quantize(w: jax.Array, format: Format) -> QTensor:
     """Quantizes a weight, or a stack of weights, `[..., out, in]` of f32, bf16 or f16.
 
-    Pure and jittable with `format` static. A stack gives exactly the stack of each matrix' result.
+    Pure and jittable with `format` static. The result for a stack is exactly the stack of the matrices' results.
 
     Raises:
       ValueError: `w` has fewer than two axes or is not floating point.
