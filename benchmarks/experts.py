@@ -1,11 +1,11 @@
-"""What a mixture of experts costs beside a dense layer that multiplies as many rows.
+"""The cost of a mixture of experts, compared with a dense layer that multiplies as many rows.
 
     python benchmarks/experts.py                      # a small layer, for a CPU; half a minute
     python benchmarks/experts.py --hidden 2048 --inner 768 --experts 128 --per-token 8 --tokens 8192   # Qwen3-30B-A3B
 
-For one projection of all experts: the product and its gradient with respect to the rows, on plain and on NF4 weights,
-and those of an adapter of rank 16 (its gradient is that of A), in milliseconds, the best of five. The ratio is to one
-matrix of the size of an expert's that all rows are multiplied with: what a perfect grouped product would cost. Experts
+It measures one projection of all experts, in milliseconds, the best of five: the product and its gradient with respect
+to the rows, on plain and on NF4 weights, and the same for an adapter of rank 16 (with the gradient of A). The ratio
+compares with one matrix of an expert's size, multiplied with all rows: the cost of a perfect grouped product. Experts
 get uneven shares of the rows.
 
 Measured on two Zen 5 cores (jax 0.10.2), the default sizes:

@@ -1,27 +1,27 @@
-r"""One LoRA or QLoRA step of jaxft on a GPU beside PEFT + torch: Llama-3.1-8B's shapes, random weights.
+r"""Compare one LoRA or QLoRA step on a GPU in jaxft and in PEFT + torch: Llama-3.1-8B's shapes, random weights.
 
     python benchmarks/gpu.py                # all rows, the most telling first; results in benchmarks/results/<machine>
     python benchmarks/gpu.py --minutes 9    # as many rows as that allows; --start N goes on from row N
     python benchmarks/gpu.py --small        # four rows of a tiny model, to try it on a CPU
 
 No model, data or network is needed. jaxft's rows take jax, flax, optax, numpy, pydantic and pyyaml; PEFT's take torch,
-transformers and peft, with bitsandbytes for NF4 and flash-attn if it is there. Where jax, torch and transformers are
-installed and nothing can be fetched, the rest comes as wheels (48 MB), for that machine's Python (here 3.12):
+transformers and peft, with bitsandbytes for NF4 and flash-attn if it is installed. If a machine has jax, torch and
+transformers but no network, bring the rest as wheels (48 MB) for that machine's Python (here 3.12):
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
         --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .whl \
         flax optax absl-py etils msgpack treescope rich markdown-it-py mdurl pygments pyyaml typing_extensions \
         pydantic==2.14.3 pydantic_core==2.50.4 annotated-types typing-inspection peft bitsandbytes
 
-and there it is one command:
+Then run there:
 
     python3 -m pip install -q --no-index --no-deps --target .site .whl/*.whl && \
         PYTHONPATH=.site:. python3 benchmarks/gpu.py --minutes 9
 
 A step is forward, backward, clipping and AdamW on LoRA r=16 for all linear layers, loss on every token, in bfloat16
-with adapters in float32 (in PEFT by autocast, as transformers' Trainer does it; its rows with bfloat16 adapters have
-none). Every row runs in a process of its own: warm-up steps, then the median of timed ones. A row that runs out of
-memory, or fails, says so in the table. Rows are in the files as soon as they are measured.
+with adapters in float32 (in PEFT by autocast, as transformers' Trainer does it; its rows with bfloat16 adapters use no
+autocast). Every row runs in its own process: warm-up steps, then the median of timed steps. A row that runs out of
+memory, or fails, says so in the table. Each row is written to the files as soon as it is measured.
 """
 
 import argparse
@@ -60,7 +60,7 @@ KEPT = "attention+lora"
 
 
 def rows() -> list[Row]:
-    """All of them, the most telling first."""
+    """All rows, the most telling first."""
     best = [Row("jaxft", None, 2, KEPT), Row("peft", None, 2, "full")]
     best += [row._replace(quantization="nf4") for row in best]
     best += [Row("jaxft", None, 2, "none"), Row("peft", None, 2, "none"), Row("jaxft", None, 2, KEPT, True)]
@@ -72,7 +72,7 @@ def rows() -> list[Row]:
 
 
 def run(row: Row, sizes: Sizes, machine: str, steps: int, seconds: float) -> dict[str, Any]:
-    """What a process of its own found of a row; a `note` where it did not end well."""
+    """The results of a row, measured in its own process; with a `note` if it failed."""
     told = {"row": row, "sizes": sizes, "machine": machine, "steps": steps}
     command = [sys.executable, Path(__file__).with_name("gpu_step.py"), json.dumps(told)]
     setting = {"JAX_ENABLE_COMPILATION_CACHE": "0", "XLA_PYTHON_CLIENT_MEM_FRACTION": str(GPU_MEMORY)}
@@ -115,14 +115,14 @@ def table(run: dict[str, Any]) -> str:
 
 
 def write(out: Path, runs: list[dict[str, Any]]) -> None:
-    """All runs, the last of them perhaps still going on, as `results.json` and `results.md`."""
+    """Write all runs, of which the last may not be complete, as `results.json` and `results.md`."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(runs, indent=1) + "\n")
     (out / "results.md").write_text("\n".join(["# One LoRA step on a GPU\n", METHOD + "\n", *map(table, runs)]))
 
 
 def device() -> tuple[str, str]:
-    """What nvidia-smi calls the GPU, and its name in `machines.yaml`; cpu where there is no nvidia-smi."""
+    """The GPU's name from nvidia-smi, and its name in `machines.yaml`; cpu if there is no nvidia-smi."""
     from jaxft.planning.machines import machines
 
     if shutil.which("nvidia-smi") is None:

@@ -1,6 +1,6 @@
 """A row of `benchmarks/gpu.py`: one library's step, measured in this process.
 
-It is told what to do in JSON, and says what it finds in lines of JSON, as it finds it.
+It takes its task as JSON, and prints results as lines of JSON, as soon as it has them.
 """
 
 import json
@@ -28,7 +28,7 @@ ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origina
 
 
 class Row(NamedTuple):
-    """`remat` is none, full (in torch, gradient checkpointing), or names of what is kept, joined by +."""
+    """`remat` is none, full (in torch, gradient checkpointing), or the names of kept activations, joined by +."""
 
     library: str
     quantization: str | None
@@ -71,7 +71,7 @@ def hf_config(sizes: Sizes) -> dict[str, Any]:
 
 
 def decoder(sizes: Sizes) -> "DecoderConfig":
-    """The `DecoderConfig` of that, without transformers."""
+    """The `DecoderConfig` of `hf_config`, without transformers."""
     from jaxft.models.config import DecoderConfig, LayerSpec
     from jaxft.models.rope_config import parse_rope
 
@@ -114,14 +114,14 @@ def machine_of(name: str) -> "Machine":
 
 
 def flops_per_token(packed: bool, sizes: Sizes) -> float:
-    """Of the model, whichever library computes it. Needs no memory, and no device but the host."""
+    """FLOPs of the model, the same for both libraries. Needs no memory for the model, and no device but the host."""
     import jax
 
     from jaxft.planning.abstract import AbstractStep
     from jaxft.planning.cost import work
     from jaxft.sharding.mesh import make_mesh
 
-    jax.config.update("jax_platforms", "cpu")  # here only: the GPU is for the rows' processes
+    jax.config.update("jax_platforms", "cpu")  # in this process only: the rows' processes use the GPU
     examples = EXAMPLES if packed else 1
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     model = AbstractStep(config_of(Row("jaxft", None, 1, "full", packed), sizes), decoder(sizes), mesh).model
@@ -148,7 +148,7 @@ def drawn(path: tuple, like: "jax.ShapeDtypeStruct") -> "jax.Array":
 
 
 def on_device(value: Callable, tree: Any) -> Callable[[], Any]:
-    """The jitted function of `value(path, description)` for all of a tree: a host may not have room for that."""
+    """A jitted function that makes all of a tree by `value(path, description)`: the host may have no room for it."""
     import jax
 
     placed = jax.tree.map(lambda like: like.sharding, tree)
@@ -216,7 +216,7 @@ def peft_step(row: Row, sizes: Sizes, machine: str, say: Callable) -> tuple[Call
         base = transformers.AutoModelForCausalLM.from_config(config, dtype=bfloat16, attn_implementation=kernel)
     if row.quantization:
         quantize(base.model.layers, device)
-        base.is_loaded_in_4bit = True  # so that PEFT takes its layers for NF4
+        base.is_loaded_in_4bit = True  # so that PEFT treats its layers as NF4
     if row.remat == "full":
         base.gradient_checkpointing_enable({"use_reentrant": False})
     settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -244,7 +244,7 @@ def peft_step(row: Row, sizes: Sizes, machine: str, say: Callable) -> tuple[Call
 
 
 def quantize(layers, device: str) -> None:
-    """Every linear layer to NF4 as bitsandbytes stores it, in place."""
+    """Convert every linear layer to NF4 as bitsandbytes stores it, in place."""
     import bitsandbytes as bnb
     import torch
 
@@ -262,7 +262,7 @@ def quantize(layers, device: str) -> None:
 
 
 def measure(row: Row, sizes: Sizes, machine: str, steps: int) -> None:
-    """One row, in this process; says what it finds in lines of JSON, as it finds it."""
+    """Measure one row in this process; prints results as lines of JSON, as soon as it has them."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the libraries print goes to stderr
 
@@ -277,7 +277,7 @@ def measure(row: Row, sizes: Sizes, machine: str, steps: int) -> None:
             losses.append(step())
             seconds.append(time.perf_counter() - began)
         say(seconds=statistics.median(seconds[WARM_UP:]), all_seconds=seconds, losses=losses, peak_bytes=peak())
-    except Exception as error:  # whatever it is, it is what there is to say of the row
+    except Exception as error:  # any error is the result of the row
         traceback.print_exc()
         short = "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error)
         say(note="out of memory" if short else f"{type(error).__name__}: {error}".splitlines()[0][:120])

@@ -1,14 +1,14 @@
-"""How fast a model is loaded, and with how much memory beside the result.
+"""How fast a model is loaded, and how much memory the load takes besides the model.
 
     python benchmarks/load.py                  # 1.6 GB of random bfloat16 weights in a temporary directory; one minute
     python benchmarks/load.py --model DIR      # another checkpoint
     python benchmarks/load.py --formats nf4    # of: bfloat16 float32 int8 int4 nf4
 
-Every format is loaded twice in a process of its own; the second time its functions are compiled. The rates are bytes
-of the files a second, beside those of a plain read of the same files into one small buffer; all of them are in the
-page cache by then, if it holds them. `CPU` is the processor time of the second load, which says more than its rate
-where others use the machine as well. `beside` is the peak of resident memory in the first load, less what the
-process held before and less the model: in megabytes, and in tensors of the largest size.
+Every format is loaded twice in its own process; the second time its functions are already compiled. The rates are bytes
+of the files per second; a plain read of the same files into one small buffer gives the rate to compare with. All files
+are in the page cache by then, if it holds them. `CPU` is the processor time of the second load, which says more than
+its rate if others use the machine too. `beside` is the peak of resident memory in the first load, minus what the
+process held before and minus the model: in megabytes, and in tensors of the largest size.
 
 Measured on two Zen 5 cores (jax 0.10.2; 1577 MB, the largest tensor 134 MB; plain read from the page cache 25 GiB/s):
 
@@ -19,8 +19,8 @@ Measured on two Zen 5 cores (jax 0.10.2; 1577 MB, the largest tensor 134 MB; pla
     int4         599 MiB/s    1810 MiB/s    1.2 s     456 MB       3.4
     nf4          589 MiB/s    1402 MiB/s    1.5 s     482 MB       3.6
 
-What the first load takes more is compiling, whatever the model's size. Llama-3.1-8B's shapes (16.1 GB of bfloat16, its
-largest tensor 1.05 GB) to nf4: 22 s, a model of 6.0 GB, 7.5 GB at the peak with all libraries.
+The extra time of the first load is compilation, whatever the model's size. Llama-3.1-8B's shapes (16.1 GB of bfloat16,
+the largest tensor 1.05 GB) to nf4: 22 s, a model of 6.0 GB, 7.5 GB at the peak with all libraries.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def write_model(directory: Path) -> None:
 
 
 def plain_read(directory: Path) -> float:
-    """Bytes a second of reading all weights into one buffer."""
+    """Bytes per second of reading all weights into one buffer."""
     buffer = bytearray(16 * MIB)
     files = sorted(directory.glob("*.safetensors"))
     for _ in range(2):  # the second time from the page cache
@@ -86,7 +86,7 @@ def plain_read(directory: Path) -> float:
 
 
 def measure(directory: Path, form: str) -> dict:
-    """Seconds and CPU seconds of two loads in this process, bytes of the model, of the first peak beside it."""
+    """Seconds and CPU seconds of two loads in this process; bytes of the model, and of the first peak besides it."""
     jax.block_until_ready(jax.numpy.zeros(()))
     dtype, quantization = (form, None) if form in FORMATS[:2] else ("bfloat16", form)
     before, seconds, cpu = resident("VmRSS"), [], []

@@ -1,9 +1,9 @@
-"""One LoRA step of jaxft beside the same step of PEFT + torch: same model, text, dtype and machine, in one run.
+"""Compare one LoRA step in jaxft and in PEFT + torch: same model, text, dtype and machine, in one run.
 
     python benchmarks/vs_peft.py --model DIR --data FILE [--sequence 512 --batch 4 --rounds 5]
 
-Every contender lives in a process of its own, and those of one dtype take turns, a step at a time, so that what else
-the machine does falls on all alike. A step is forward, backward and AdamW on LoRA r=16 for all linear layers, loss on
+Every contender runs in its own process. Contenders of one dtype take turns, one step at a time, so that other load on
+the machine affects all alike. A step is forward, backward and AdamW on LoRA r=16 for all linear layers, loss on
 every token, no recomputation. Speeds are medians over the rounds; memory is the peak resident set of the process,
 weights included. Speeds are only comparable within one run: read the ratios.
 """
@@ -35,11 +35,11 @@ RATIOS = [
     ("jaxft bfloat16 int8", "jaxft bfloat16", 0.9),
     ("jaxft bfloat16 nf4", "jaxft bfloat16", 0.9),
 ]
-"""Numerator, denominator, and the ratio of tokens/s aimed at."""
+"""Numerator, denominator, and the ratio of tokens/s to aim at."""
 
 RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-4
 MALLOC = ("hugetlb=1", "mmap_threshold=1099511627776", "trim_threshold=1099511627776", "arena_max=1")
-"""Huge pages, and freed memory kept: it costs the more to fault in anew the longer others had the machine."""
+"""Huge pages, and freed memory is kept: to fault it in again costs more the longer others used the machine."""
 
 ENVIRONMENT = {
     "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{setting}" for setting in MALLOC),
@@ -141,7 +141,7 @@ def work(name: str, model: str, data: str, batch: int, sequence: int) -> None:
 
 
 def compete(names: list[str], arguments: list[str], rounds: int) -> dict[str, dict]:
-    """What every contender took for each of its steps; the first, which compiles or warms up, is one more."""
+    """Seconds and losses of every contender's steps: `rounds`, and a first one, which compiles or warms up."""
     workers = {
         name: subprocess.Popen(
             [sys.executable, __file__, "--work", name, *arguments],

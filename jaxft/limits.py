@@ -1,7 +1,7 @@
-"""What the system refuses, told as that: memory, not a damaged file, and room on a disk, not an error number.
+"""Clear errors if the system refuses memory or disk space, instead of "damaged file" or an error number.
 
-Python says in four ways that there is no memory: by `MemoryError`, mostly without a word, by the errno ENOMEM of a
-file that cannot be mapped, by a library that cannot be, and by a thread that cannot be started.
+Python reports a lack of memory in four ways: a `MemoryError`, mostly without text; the errno ENOMEM for a file that
+cannot be mapped; an error for a library that cannot be mapped; an error for a thread that cannot be started.
 """
 
 import errno
@@ -10,18 +10,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_NO_THREAD = "can't start new thread"  # Python's word, in a RuntimeError: each thread needs a stack
-_NO_LIBRARY = "failed to map segment from shared object"  # the loader's word, in an ImportError or OSError
+_NO_THREAD = "can't start new thread"  # Python's text, in a RuntimeError: each thread needs a stack
+_NO_LIBRARY = "failed to map segment from shared object"  # the loader's text, in an ImportError or OSError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class NoMemoryError(MemoryError):
-    """No memory for something; the text names it, and the limit that was met."""
+    """No memory for something; the text names it, and the limit that was reached."""
 
 
 @contextmanager
 def memory_for(what: object) -> Iterator[None]:
-    """Inside, memory that cannot be had is a `NoMemoryError` that names `what`, a file or directory."""
+    """Inside, a lack of memory becomes a `NoMemoryError` that names `what`, a file or directory."""
     try:
         yield
     except NoMemoryError:
@@ -33,7 +33,7 @@ def memory_for(what: object) -> Iterator[None]:
 
 
 def is_without_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what it came of, is that there was no memory. Libraries wrap it in errors of their own."""
+    """Whether an error, or a cause of it, is a lack of memory. Libraries wrap it in their own errors."""
     while error is not None:
         if isinstance(error, MemoryError) or str(error) == _NO_THREAD or str(error).endswith(_NO_LIBRARY):
             return True
@@ -44,12 +44,12 @@ def is_without_memory(error: BaseException | None) -> bool:
 
 
 def without_memory(error: BaseException) -> str:
-    """Such an error in words, where nobody said what the memory was for."""
+    """The text for a lack of memory, if it is not known what the memory was for."""
     return f"no memory left{f' ({error})' if str(error) else ''}: {memory_limit()}"
 
 
 def memory_limit() -> str:
-    """What keeps this process from more memory or more threads, and what to do."""
+    """What limits the memory or the threads of this process, and what to do."""
     if sys.platform == "linux":
         import resource
 
@@ -66,7 +66,7 @@ def memory_limit() -> str:
 
 @contextmanager
 def writing(path: object, then: str = "") -> Iterator[None]:
-    """Inside, an error of the system names `path`, what is wrong and, where the disk is full, what to do.
+    """Inside, an OSError names `path`, the fault and, if the disk is full, what to do.
 
     Args:
         then: what to do after that, as in "; then start the run again".
@@ -78,11 +78,11 @@ def writing(path: object, then: str = "") -> Iterator[None]:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether there is no room for a file: the disk is full, a quota used up, or a size reached."""
+    """Whether there is no room for a file: the disk is full, a quota is used up, or a size limit is reached."""
     return error.errno in _FULL
 
 
 def write_error(error: OSError) -> str:
-    """Why a file could not be written, and what to do where there is no room for it."""
+    """Why a file could not be written, and what to do if there is no room for it."""
     reason = error.strerror or str(error)
     return f"{reason}; make room there" if is_full(error) else reason

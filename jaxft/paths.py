@@ -1,13 +1,13 @@
-"""Paths as people write them: `~` is home, and what is an address of something else, or a variable, is no path.
+"""Paths as people write them: `~` is the home directory; addresses and variables are refused.
 
-A bucket's address (`gs://`, `s3://`, ...) taken for a path would name a local directory, whose files are lost with the
+Taken as a path, a bucket's address (`gs://`, `s3://`, ...) would name a local directory, whose files are lost with the
 machine.
 """
 
 import os
 import re
 
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # one slash: that is what pathlib leaves of two
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # one slash, because pathlib makes one of two
 _VARIABLE = re.compile(r"(\$(?:\w+|\{\w+\}))(?:/|\Z)")
 _ADVICE = {
     "gs": "mount the bucket (`gcsfuse BUCKET DIR`), or copy from or to it (`gcloud storage cp -r`)",
@@ -20,10 +20,10 @@ _ADVICE |= {"gcs": _ADVICE["gs"], "s3a": _ADVICE["s3"], "s3n": _ADVICE["s3"], "h
 
 
 def local_path(text: str) -> str:
-    """The path with home in place of `~`; everything else, names on the hub too, stays as it is.
+    """The path with the home directory in place of `~`; everything else, names on the hub too, is unchanged.
 
     Raises:
-        ValueError: an address, a variable, or the home of somebody unknown.
+        ValueError: an address, a variable, or the home of an unknown user.
 
     >>> local_path("runs/mine")
     'runs/mine'
@@ -32,7 +32,7 @@ def local_path(text: str) -> str:
         scheme = address[1].lower()
         advice = _ADVICE.get(scheme, "mount it, or copy from or to it")
         raise ValueError(f"is an address ({scheme}://), and files are read and written in directories here: {advice}")
-    if variable := _VARIABLE.match(text):  # not read: the same config is to say the same everywhere
+    if variable := _VARIABLE.match(text):  # not expanded: a config must mean the same everywhere
         raise ValueError(
             f"{variable[1]} is not replaced here; write it out, or give the key on the command line, where the shell "
             f"replaces it; a directory of that name is ./{variable[1]}"

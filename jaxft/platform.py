@@ -1,18 +1,18 @@
-"""What is said to JAX and XLA before they touch a device: all such settings, in one place.
+"""All settings that JAX and XLA need before they touch a device, in one place.
 
-What the user has set, in the environment, stays as it is, but for what a run's numbers rest on (`REQUIRED`): people
-leave settings of other programs in their shells, and with 64-bit types or another generator it would not be the same
-run. Those are put back while the run lasts, and a warning names them.
+Settings in the user's environment are kept, except those that a run's numbers depend on (`REQUIRED`): people leave
+settings of other programs in their shells, and 64-bit types or another random generator would make it another run.
+These are set to the required values while the run lasts, and a warning names them.
 
-- Compiled programs are kept in `~/.cache/jaxft/xla` (`JAX_COMPILATION_CACHE_DIR`; `JAX_ENABLE_COMPILATION_CACHE=0`
-  for none), so that a run that starts again, or goes on, does not compile again. Not so where there is no compiler but
-  that for CPUs, which is done in seconds: XLA was seen to crash while it wrote a CPU program down (jax 0.10.2), in
-  processes of so many programs that they may have been at the end of their memory maps.
-- On an NVIDIA GPU a program may take 92 % of the memory (`XLA_PYTHON_CLIENT_MEM_FRACTION`). JAX's own 75 % are for
-  sharing the GPU with others; what is left is for CUDA itself and the libraries' workspaces.
+- Compiled programs are cached in `~/.cache/jaxft/xla` (`JAX_COMPILATION_CACHE_DIR`; `JAX_ENABLE_COMPILATION_CACHE=0`
+  turns it off), so that a run that restarts or resumes does not compile again. The cache is off if JAX can compile for
+  CPUs only, which takes seconds: XLA was seen to crash while it wrote a CPU program (jax 0.10.2), in processes with so
+  many programs that they may have reached their limit of memory maps.
+- On an NVIDIA GPU a program may take 92 % of the memory (`XLA_PYTHON_CLIENT_MEM_FRACTION`). JAX's default of 75 % is
+  for sharing the GPU with others; the remaining 8 % are for CUDA itself and the libraries' workspaces.
 
-XLA's flags are left at their defaults: those that guides recommend, the latency-hiding scheduler and asynchronous
-collectives, are on already (seen in steps compiled for eight H100s and for v5e).
+XLA's flags keep their defaults: the flags that guides recommend, the latency-hiding scheduler and asynchronous
+collectives, are already on (seen in steps compiled for eight H100s and for v5e).
 """
 
 import logging
@@ -27,7 +27,7 @@ import jax
 from jaxft.sharding.jax_internals import DISCOVERY_LOG
 
 GPU_MEMORY = 0.92
-"""Of a GPU's memory, what programs may take."""
+"""The share of a GPU's memory that programs may take."""
 
 CACHE = "~/.cache/jaxft/xla"
 
@@ -48,7 +48,7 @@ REQUIRED = {
     "jax_debug_infs": False,
     "jax_transfer_guard": "allow",
 }
-"""Settings of JAX with which a run's numbers are its own, and with which it works at all."""
+"""Settings of JAX that a run's numbers depend on, or without which a run does not work."""
 
 HIDING = (
     "CUDA_VISIBLE_DEVICES",
@@ -57,14 +57,14 @@ HIDING = (
     "TPU_VISIBLE_CHIPS",
     "TPU_VISIBLE_DEVICES",
 )
-"""Variables that keep devices from JAX."""
+"""Environment variables that hide devices from JAX."""
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def prepared() -> Iterator[None]:
-    """Make the settings; to be entered before JAX touches a device."""
+    """Apply the settings. Enter it before JAX touches a device."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY))
     if jax.config.jax_compilation_cache_dir is None and _for_accelerators():
         jax.config.update("jax_compilation_cache_dir", str(Path(CACHE).expanduser()))
@@ -82,16 +82,16 @@ def prepared() -> Iterator[None]:
 
 @contextmanager
 def devices_needed() -> Iterator[None]:
-    """Around what makes JAX look for devices.
+    """Wrap code that makes JAX look for devices.
 
     Raises:
-        ValueError: there are none of the platform that JAX_PLATFORMS names; says what to do.
+        ValueError: JAX finds none, or none of the platform that JAX_PLATFORMS names; the message says what to do.
     """
     discovery = logging.getLogger(DISCOVERY_LOG)
     discovery.addFilter(_without_traceback)
     try:
         yield
-    except (RuntimeError, AssertionError) as error:  # the latter where there is no plugin for CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: there is no plugin for CUDA
         asked = jax.config.jax_platforms
         reason = (str(error).splitlines() or ["there is no plugin for it"])[0]
         if not asked:
@@ -107,19 +107,19 @@ def devices_needed() -> Iterator[None]:
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """JAX tells of a plugin that finds no device with a traceback; the line is enough."""
+    """JAX logs a traceback if a plugin finds no device; the line of text is enough."""
     record.exc_info = record.exc_text = None
     return True
 
 
 def _hidden() -> str:
-    """Which variables may keep devices from JAX, as the end of a sentence."""
+    """The set variables that may hide devices from JAX, as the end of a sentence."""
     found = [f"{name}={os.environ[name]!r}" for name in HIDING if name in os.environ]
     return f" ({' and '.join(found)})" if found else ""
 
 
 def _for_accelerators() -> bool:
-    """Whether programs may be compiled for others than the CPU."""
+    """Whether programs may be compiled for an accelerator."""
     if jax.config.jax_platforms == "cpu":
         return False
     plugins = ("libtpu", "jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")

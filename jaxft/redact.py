@@ -1,4 +1,4 @@
-"""Text that others wrote, made fit to be shown: without secrets."""
+"""Remove secrets from text that others wrote, before it is shown."""
 
 import os
 import re

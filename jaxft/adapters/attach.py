@@ -1,4 +1,4 @@
-"""Put adapters on a model and take them off. The model given is left as it was; arrays are shared."""
+"""Put adapters on a model and take them off. The given model does not change; arrays are shared."""
 
 import re
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ class Site(NamedTuple):
     """A linear layer, or a stack of them, and the Hugging Face modules it stands for.
 
     Attributes:
-        modules: one for each entry of the stack, by layer, then by expert. Where the experts of a layer are one tensor,
-            they are the names of these parameters.
+        modules: one name for each entry of the stack, by layer, then by expert. If the experts of a layer are one
+            tensor, the names of these parameters.
         stack: leading axes of the weight along which the modules are stacked.
         target: which option of a `LoraConfig` selects it; None: PEFT has no adapters for it.
     """
@@ -36,12 +36,12 @@ class Site(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight of one module: [out, in], or [experts, out, in]."""
+        """Shape of one module's weight: [out, in], or [experts, out, in]."""
         return self.linear.weight.get_value().shape[len(self.stack) :]
 
 
 class Factors(NamedTuple):
-    """The trained arrays of one module: A [r, in], B [out, r], magnitude [out] with DoRA; experts of one tensor have
+    """The trained arrays of one module: A [r, in], B [out, r], magnitude [out] with DoRA. If experts are one tensor:
     A [experts, r, in] and B [experts, out, r].
     """
 
@@ -56,7 +56,7 @@ def sites(model: Decoder) -> Iterator[Site]:
     for name, layers, module in modules(model):
         stack = () if layers is None else (len(layers),)
         if isinstance(module, Linear):
-            # Where PEFT finds experts by the names of their modules, it takes a dense feed-forward for one.
+            # If PEFT finds experts by the names of their modules, it mistakes a dense feed-forward for an expert.
             shadowed = ".mlp." in name and experts is not None and experts.adapters == "target_modules"
             yield Site(module, model.config.names(name, layers), stack, None if shadowed else "target_modules")
         elif isinstance(module, ExpertLinear):
@@ -85,8 +85,8 @@ def attach(model: Decoder, config: LoraConfig, key: jax.Array) -> Decoder:
     """The model with fresh adapters: A uniform in ±1/√in (Kaiming, a = √5), B zero, so that nothing changes yet.
 
     Raises:
-        ValueError: as `targets_of` and `check_experts`; a regular expression matches what gets no adapter, such as an
-            output head that is the embedding; or the model has adapters already.
+        ValueError: as `targets_of` and `check_experts` do; or a regular expression matches a module that gets no
+            adapter, such as an output head tied to the embedding; or the model has adapters already.
     """
     model = _copy(model)
     chosen = targets_of(model, config)
@@ -128,7 +128,7 @@ def _refuse_others(model: Decoder, config: LoraConfig) -> None:
 
 
 def _without_adapter(model: Decoder) -> Iterator[str]:
-    """Names of the modules that have weights and are no linear layers."""
+    """Names of the modules that have weights but are not linear layers."""
     for name, layers, module in modules(model):
         if isinstance(module, Embedding | Norm):
             yield from model.config.names(name, layers)
@@ -164,7 +164,7 @@ def check_experts(model: Decoder) -> None:
     """Refuse adapters on experts that PEFT would not load, or would load with another effect.
 
     Raises:
-        ValueError: says which, and what to do.
+        ValueError: there are such adapters; the message says which, and what to do.
     """
     experts = [site for site in sites(model) if isinstance(site.linear, ExpertLinear)]
     adapters = [site.linear.adapter for site in experts]
@@ -205,7 +205,7 @@ def factors_of(model: Decoder) -> dict[str, Factors]:
 
 
 def detach(model: Decoder) -> Decoder:
-    """The base alone."""
+    """The model without adapters."""
     model = _copy(model)
     for site in sites(model):
         site.linear.adapter = nnx.data(None)
@@ -238,13 +238,13 @@ def _spec(site: Site, config: LoraConfig, chosen: set[str]) -> LoraSpec | None:
 
 
 def _spread(site: Site, values: tuple) -> jax.Array:
-    """A value for each module, for each leading index of the weight."""
+    """Values, one for each module, spread to the leading axes of the weight."""
     by_module = jnp.asarray(values).reshape(*site.stack, *(1,) * (len(site.shape) - 2))
     return jnp.broadcast_to(by_module, site.linear.weight.get_value().shape[:-2])
 
 
 def _install(site: Site, spec: LoraSpec, A: jax.Array, B: jax.Array, magnitude: jax.Array | None) -> None:
-    """Put an adapter on the site, cut as its weight is cut."""
+    """Put an adapter on the site, cut like the site's weight."""
     linear, squares = site.linear, None
     if spec.use_dora:
         weight = linear.weight.get_value()

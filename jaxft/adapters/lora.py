@@ -1,12 +1,12 @@
 """Low-rank adapters on linear layers: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353).
 
-The weight W stays as it is; beside it stand A [r, in] and B [out, r], and the layer computes W x + s B A x, where
-s is alpha / r, or alpha / sqrt(r) with rsLoRA. DoRA also learns the length m of each row of W + s B A and keeps
-only the direction: m / |W + s B A| * (W + s B A) x.
+The weight W does not change. With A [r, in] and B [out, r] the layer computes W x + s B A x, where s is alpha / r, or
+alpha / sqrt(r) with rsLoRA. DoRA also learns the length m of each row of W + s B A and takes only the direction from
+the sum: m / |W + s B A| * (W + s B A) x.
 
-Layers are stacked, but their adapters need not be alike. Smaller ranks are padded with zeros up to the largest,
-and a layer without adapter has rank 0. The padding takes care of itself: where rows of A and columns of B are both
-zero, so are their gradients.
+Layers are stacked, but their adapters may differ. Smaller ranks are padded with zeros up to the largest, and a layer
+without adapter has rank 0. The padding stays zero: if a row of A and the column of B are both zero, so are their
+gradients.
 """
 
 import math
@@ -27,7 +27,7 @@ from jaxft.sharding.layout import Layout, over_fsdp_too
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Rank and alpha of every module in a stack (one entry when there is no stack); rank 0: no adapter there."""
+    """Rank and alpha of every module in a stack (one entry if there is no stack); rank 0 means no adapter."""
 
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
@@ -41,7 +41,7 @@ class LoraSpec:
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """s of each layer; 0 where there is no adapter."""
+        """s of each module; 0 without an adapter."""
         return tuple(
             alpha / (math.sqrt(rank) if self.use_rslora else rank) if rank else 0.0
             for rank, alpha in zip(self.ranks, self.alphas, strict=True)
@@ -53,7 +53,7 @@ class Frozen(nnx.Variable):
 
 
 class LoRA(nnx.Module):
-    """The adapter of one linear layer, of a stack of them, or of experts, who take its arrays and multiply themselves.
+    """The adapter of a linear layer, of a stack of them, or of experts, which use its arrays in their own products.
 
     `A` [..., r, in], `B` [..., out, r] and, with DoRA, `magnitude` [..., out] are trained, in float32; `scale` [...] is
     s. The products are computed in the dtype of the activations and accumulated in float32.
@@ -79,8 +79,8 @@ class LoRA(nnx.Module):
         self.layout_B: Layout | None = None
 
     def bind(self, layout: Layout) -> list[tuple[nnx.Variable, NamedSharding]]:
-        """Cut the adapter as the weight it sits on, A along its columns, B along its rows; and over `fsdp` both, though
-        the weight is cut over it along one of them. What belongs where."""
+        """Cut the adapter like its weight: A along columns, B along rows. Both are also cut over `fsdp`, although the
+        weight is cut over `fsdp` along only one of them. Gives each variable with its sharding."""
         *outer, rows, columns = layout.stored
         features_out, features_in = self.B.get_value().shape[-2], self.A.get_value().shape[-1]
         self.layout_A = Layout(layout.mesh, P(*outer, None, over_fsdp_too(layout.mesh, columns, features_in)))
@@ -92,7 +92,7 @@ class LoRA(nnx.Module):
         return [(variable, cut.stacked(variable.get_value().ndim)) for variable, cut in parts]
 
     def unbind(self) -> None:
-        """Forget how the arrays lie on a mesh."""
+        """Forget how the arrays are cut on a mesh."""
         self.layout_A = self.layout_B = None
 
     def __call__(self, linear: Linear, x: jax.Array, key: jax.Array | None, out_dtype: jnp.dtype | None) -> jax.Array:
@@ -111,9 +111,9 @@ class LoRA(nnx.Module):
         return matmul(z, self.B[...], self.layout_B, out_dtype)
 
     def _gain(self, linear: Linear) -> jax.Array:
-        """m / |W + s B A| by row, [out] float32, the length taken as a constant (DoRA section 4.3).
+        """m / |W + s B A| by row, [out] float32, with the length as a constant (DoRA section 4.3).
 
-        The length is had without forming the sum: |W|² + 2 s W·BA + s² |BA|², each term of rank r. Layers without
+        The length is computed without forming the sum: |W|² + 2 s W·BA + s² |BA|², each term of rank r. Layers without
         adapter keep gain 1.
         """
         A, B, scale = self.A[...], self.B[...], self.scale[...]
@@ -125,7 +125,7 @@ class LoRA(nnx.Module):
 
 
 def _dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    """With one key, or one for each of the rows that x [B, ..., in] begins with."""
+    """Dropout with one key, or with one key for each row of x [B, ..., in]."""
     if key.ndim:
         keep = jax.vmap(partial(jax.random.bernoulli, p=1 - rate, shape=x.shape[1:]))(key)
     else:
@@ -135,7 +135,7 @@ def _dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
 @jax.jit
 def row_squares(weight: jax.Array | QTensor) -> jax.Array:
-    """|W|² of each row, float32 [..., out]; of a stack one matrix after the other, so that one is float32 at a time."""
+    """|W|² of each row, float32 [..., out]. A stack takes one matrix at a time, so that only one is in float32."""
     if weight.ndim > 2:
         return jax.lax.map(row_squares, weight)
     dense = weight.dequantize(jnp.float32) if isinstance(weight, QTensor) else weight.astype(jnp.float32)

@@ -1,6 +1,6 @@
 """Fold adapters into the weights they sit on, in float32 (the last step before a model is shipped).
 
-Layers, and experts, are folded one after the other, so that a stack of them is never held in float32.
+Layers, and experts, are folded one after the other, so that a whole stack is never held in float32.
 """
 
 from functools import partial
@@ -20,8 +20,8 @@ def merge(model: Decoder, *, donate: bool = False) -> Decoder:
     """The model with W + s B A in place of W (DoRA: rows rescaled to their magnitude), and no adapter.
 
     Args:
-        model: left as it was, so that every adapted weight is there twice.
-        donate: use up the adapted weights of `model`, in whose memory the new ones are made.
+        model: does not change, so every adapted weight is in memory twice.
+        donate: consume the adapted weights of `model`, and make the new weights in their memory.
 
     Raises:
         ValueError: there is no adapter, or the base is quantized. Adding an adapter to rounded weights and rounding
@@ -47,7 +47,7 @@ def merge(model: Decoder, *, donate: bool = False) -> Decoder:
 
 
 def _fold(weight: jax.Array, adapter: LoRA) -> jax.Array:
-    """The folded weight, in the memory of the one given."""
+    """The folded weight, in the memory of the given weight."""
     if weight.ndim == 2:
         return _fold_one(weight, adapter)
     for index in np.ndindex(weight.shape[:-2]):

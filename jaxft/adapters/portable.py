@@ -1,10 +1,10 @@
-"""An adapter in the form that every reader of LoRA scales alike: alpha = r, the same rank everywhere.
+"""Convert an adapter to the form that every LoRA reader scales alike: alpha = r, the same rank everywhere.
 
-Readers disagree on how a module is scaled: some take alpha / r from the settings for all modules, some alpha of the
-settings over the rank of the module's tensors, some know rsLoRA and patterns. With s B in place of B, ranks filled up
-with zeros to the largest, and alpha = r, all of these are 1.
+Readers scale a module differently: some use alpha / r of the settings for all modules, some use alpha of the settings
+over the rank of the module's tensors, some know rsLoRA and patterns. With s B in place of B, all ranks padded with
+zeros to the largest, and alpha = r, all of these scales are 1.
 
-Some also want query, key and value adapted together, and all layers alike: what is missing gets an adapter of zeros.
+Some readers also want query, key and value adapted together, and all layers alike: adapters of zeros fill the gaps.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ _TOGETHER = {"q_proj", "k_proj", "v_proj"}
 
 
 def portable(model: Decoder) -> Decoder:
-    """The model with the same adapter, computing the same, in that form.
+    """The model with its adapter in that form. It computes the same.
 
     Raises:
         ValueError: there is no adapter, or it is DoRA, which only some readers know.
@@ -62,7 +62,7 @@ def _folded(factors: Factors, scale: float) -> Factors:
 
 
 def _filled(factors: Factors, rank: int) -> Factors:
-    """With rows of A and columns of B that are zero, up to this rank."""
+    """The factors padded to this rank with zero rows of A and zero columns of B."""
     missing = rank - factors.A.shape[-2]
     lead = [(0, 0)] * (factors.A.ndim - 2)
     return Factors(np.pad(factors.A, [*lead, (0, missing), (0, 0)]), np.pad(factors.B, [*lead, (0, 0), (0, missing)]))

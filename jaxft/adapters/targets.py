@@ -9,10 +9,10 @@ OUTPUT_HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What `adapter_config.json` says of a LoRA, in PEFT's terms.
+    """The LoRA settings of `adapter_config.json`, in PEFT's terms.
 
     Attributes:
-        r, lora_alpha: rank and alpha where no pattern says otherwise.
+        r, lora_alpha: rank and alpha, unless a pattern says otherwise.
         target_modules: names or suffixes of module names; or one regular expression for the whole name; or
             "all-linear": every linear layer but the output head.
         target_parameters: names or suffixes of the parameters that hold the experts of a layer in one tensor.
@@ -33,10 +33,10 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def select(self, modules: Iterable[str], parameters: Iterable[str] = ()) -> list[str]:
-        """The modules that get an adapter, and the parameters, in models that have such experts.
+        """The modules and the parameters (in models that have such experts) that get an adapter.
 
         Raises:
-            ValueError: nothing matches, or a pattern or a listed name decides nothing; the message lists the names.
+            ValueError: nothing matches, or a pattern or a listed name matches nothing; the message lists the names.
         """
         modules, parameters = list(modules), list(parameters)
         self._check_patterns()
@@ -62,7 +62,7 @@ class LoraConfig:
         return chosen
 
     def chooses(self, module: str) -> bool:
-        """Whether `target_modules` and what excepts from it choose a linear layer of that name."""
+        """Whether the options that target and exclude modules choose a linear layer of that name."""
         return self._targets(module) and not _matches(self.exclude_modules, module)
 
     def _check_patterns(self) -> None:
@@ -102,7 +102,7 @@ def _matches(targets: Sequence[str] | str | None, name: str) -> bool:
 
 
 def ends_with(pattern: str, name: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` is for the module of that name."""
+    """Whether a key of `rank_pattern` or `alpha_pattern` applies to the module of that name."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 

@@ -41,7 +41,7 @@ class _Rows(NamedTuple):
 
 
 class _Progress(NamedTuple):
-    """What the loop carries."""
+    """The state of the loop."""
 
     cache: Cache
     chosen: jax.Array  # [B, S] int32, new tokens
@@ -61,15 +61,15 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[list[int]]:
-    """What the model writes after each prompt, up to the first of `eos_ids`, which is left out.
+    """The tokens that the model writes after each prompt, up to the first of `eos_ids`, which is left out.
 
-    A text ends at the model's last position at the latest, with a warning. Where the rope type is `dynamic`
-    there is no last position.
+    A text ends at the model's last position at the latest, with a warning. With the rope type `dynamic` there is no
+    last position.
 
     Args:
         prompts: token ids, special tokens included.
         max_new_tokens: the most that is written after a prompt.
-        eos_ids: tokens that end a text; empty: nothing does.
+        eos_ids: tokens that end a text; may be empty.
         temperature: 0 takes the most likely token; above 0, draws come from softmax(logits / temperature).
         top_p: draw from the most likely tokens that together have this probability; 1 = from all.
         seed: of the draws. The same seed and prompt give the same text in any batch (see `sampling`).
@@ -205,7 +205,7 @@ def _complete(
 
 
 def _sharded(model: Decoder, cache: Cache) -> Cache:
-    """The cache with its rows, and its heads as far as they divide, cut over the model's mesh."""
+    """The cache, cut over the model's mesh by rows, and by heads if they divide evenly."""
     if model.activations is None:
         return cache
     mesh = model.activations.mesh

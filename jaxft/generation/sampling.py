@@ -1,8 +1,8 @@
 """How the next token is chosen: the most likely one, or one drawn from the softmax.
 
-Every row draws from a stream of its own, made from the seed, the row's prompt and how many rows before it
-have the same prompt. So a row's text does not depend on what else is in the batch, and copies of a prompt
-differ.
+Every row draws from its own random stream, made from the seed, the row's prompt and how many rows before it
+have the same prompt. So a row's text does not depend on the other rows of the batch, and copies of a prompt
+get different texts.
 
 Axes: B rows, V vocabulary.
 """
@@ -51,7 +51,7 @@ def choose(logits: jax.Array, step: jax.Array, sampling: Sampling | None) -> jax
     """
     if sampling is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # With 0 as the maximum, no temperature can make it overflow.
+    # With 0 as the maximum, no temperature can make the logits overflow.
     logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
     if sampling.top_p is not None:
         logits = jnp.where(nucleus(logits, sampling.top_p), logits, -jnp.inf)

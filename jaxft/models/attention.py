@@ -31,12 +31,12 @@ class LayerCache(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What all layers know of the tokens they see, and how attention is computed.
+    """What all layers share: facts about the tokens, and how attention is computed.
 
     Attributes:
-        angles: of the tokens' positions.
+        angles: rotary angles of the tokens' positions.
         reach: which keys a token sees.
-        segments: [B, T] int32; 0 is padding. Also where `reach` has none, because causality says all that they would.
+        segments: [B, T] int32; 0 is padding. Set even if `reach` has none, because causality replaces them there.
         backend: see `jaxft.models.kernels`.
     """
 
@@ -47,9 +47,9 @@ class Setting(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Self-attention of one layer: `q_proj`, `k_proj`, `v_proj` (or `qkv_proj`, which gives one after the other),
-    `o_proj` and, with `qk_norm`, `q_norm` and `k_norm`. Projections are laid out as in Hugging Face. `sinks` [N] are
-    scores of their own.
+    """Self-attention of one layer: `q_proj`, `k_proj`, `v_proj` (or `qkv_proj`, which gives all three), `o_proj` and,
+    with `qk_norm`, `q_norm` and `k_norm`. Projections are laid out as in Hugging Face. `sinks` [N] are extra scores,
+    one for each head.
     """
 
     def __init__(self, config: DecoderConfig, spec: LayerSpec, sinks: jax.Array | None, **parts: Linear | Norm):

@@ -1,8 +1,8 @@
 """Exact softmax attention a block of queries and a block of keys at a time (arXiv 2112.05682, 2205.14135).
 
-The scores of a pair of blocks are all that is ever held. The forward pass folds blocks of keys into a running
-softmax; blocks that causality or the window hides are not visited. The backward pass saves the output and the
-log-sum-exp of each query's scores, and computes the scores again.
+Only the scores of one pair of blocks exist at a time. The forward pass folds blocks of keys into a running softmax;
+blocks that causality or the window hides are not visited. It saves the output and the log-sum-exp of each query's
+scores; the backward pass computes the scores again.
 
 Axes: B batch, T queries, S keys, N query heads, K key-value heads, G = N/K, H head_dim, b queries or keys in a block.
 """
@@ -18,16 +18,16 @@ from jaxft.models.linear import as_stored, precision
 from jaxft.models.remat import named
 
 BLOCK = 256
-"""Queries and keys in a block, at most, on a CPU."""
+"""Most queries, and most keys, in a block on a CPU."""
 
 HIDDEN = -1e30
-"""Score of a key that a query may not see. Finite, so that a block in which it sees nothing stays a number."""
+"""Score of a key that a query may not see. Finite, so that a block in which it sees nothing gives no NaN."""
 
 
 class Reach(NamedTuple):
-    """Which keys a query sees: those at or before its slot, in the window, and of its segment.
+    """Which keys a query sees: keys at or before its slot, in the window, and of its segment.
 
-    Query t stands in slot `offset` + t, key s in slot s.
+    Query t has slot `offset` + t, key s has slot s.
     """
 
     offset: jax.Array  # int32 scalar
@@ -36,11 +36,11 @@ class Reach(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How queries look at keys, the same for all of them.
+    """How queries attend to keys, the same for all queries.
 
     Attributes:
-        window: they see the last `window` keys, their own included.
-        scale: of scores; 1/√H when absent.
+        window: a query sees the last `window` keys, its own included.
+        scale: factor on scores; 1/√H when absent.
         softcap: c in c tanh(score / c).
     """
 
@@ -60,8 +60,8 @@ def attend(
 ) -> jax.Array:
     """softmax(scale q kᵀ) v for q [B, T, N, H], k and v [B, S, K, H]: [B, T, N, H].
 
-    Scores and softmax are float32. Every query must see at least one key; its own is enough. `sinks` [N] are a score
-    for each head that stands beside those of the keys and has no value.
+    Scores and softmax are float32. Every query must see at least one key; its own is enough. `sinks` [N] are
+    one extra score for each head, which takes part in the softmax but has no value.
     """
     rule = rule._replace(scale=1 / math.sqrt(q.shape[-1]) if rule.scale is None else rule.scale)
     q_blocks, k_blocks = _blocks(q.shape[1], block), _blocks(k.shape[1], block)
@@ -74,7 +74,7 @@ def attend(
 
 
 Cuts = tuple[tuple[int, int], tuple[int, int]]
-"""Number and size of the blocks of queries, and of those of keys."""
+"""Number and size of the blocks of queries, then of the blocks of keys."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -96,8 +96,8 @@ def _out_of_blocks(x: jax.Array, length: int) -> jax.Array:
 
 
 def _forward(q, k, v, sinks, reach, rule, cuts):
-    """What is kept, but for a number for each query, lies as it came and as it goes out: blocks would be laid out anew
-    for the backward pass."""
+    """Saves inputs and output in their own layout, because blocks would be laid out again for the backward pass. Only
+    the log-sum-exp, a number for each query, stays in blocks."""
     kept, (length, kv_heads) = (q, k, v, sinks, reach), (q.shape[1], k.shape[2])
     q, (k, v) = _in_blocks(q, kv_heads, cuts[0]), (_in_blocks(x, kv_heads, cuts[1])[:, :, :, 0] for x in (k, v))
     sinks = None if sinks is None else sinks.reshape(kv_heads, -1)
@@ -127,7 +127,7 @@ def _forward(q, k, v, sinks, reach, rule, cuts):
 
 
 def _backward(rule, cuts, residuals, d_out):
-    """Scores are computed as keys x queries, so that each product takes the large operand as it lies."""
+    """Scores are computed as keys x queries, so that no product has to transpose its large operand."""
     q, k, v, sinks, reach, out, log_total = residuals
     length, kv_length, kv_heads = q.shape[1], k.shape[1], k.shape[2]
     along = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)

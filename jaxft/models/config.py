@@ -1,8 +1,8 @@
-"""What a decoder is made of, as data.
+"""The architecture of a decoder, as data.
 
-A family (Llama, Qwen, ...) is a point in the space spanned by `DecoderConfig`; the decoder itself has no
-family names in it. What may differ from layer to layer is a `LayerSpec`. Layers with the same spec are stacked
-and scanned: `layer_groups` turns any sequence of specs into few groups, each a short pattern repeated many times.
+A family (Llama, Qwen, ...) is one choice of values in `DecoderConfig`; the decoder itself has no family names in
+it. A `LayerSpec` holds what may differ from layer to layer. Layers with the same spec are stacked and scanned:
+`layer_groups` turns any sequence of specs into few groups, each a short pattern repeated many times.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from typing import Literal
 class Rope:
     """Rotary position embedding: base frequency and context-extension method.
 
-    `type` and `parameters` are those of Hugging Face's `rope_parameters`
+    `type` and `parameters` come from Hugging Face's `rope_parameters`
     (default, linear, dynamic, yarn, longrope, llama3); `max_positions` is `max_position_embeddings`. The first `dim`
-    dimensions of a head are rotated; a pair is i and i + dim/2, or 2i and 2i + 1 where `interleaved`.
+    dimensions of a head are rotated in pairs: i and i + dim/2, or 2i and 2i + 1 if `interleaved`.
     """
 
     theta: float
@@ -51,16 +51,16 @@ class Experts:
 
     Attributes:
         count: experts of a layer.
-        per_token: how many of them see a token.
-        intermediate_size: of each.
-        normalized: the shares of those chosen add up to one.
-        router_bias, bias: of the router and of the experts' projections.
-        shared_size: intermediate size of an expert that sees every token, weighted by a gate of its own.
-        clamp: in place of the activation.
-        fused: the checkpoint keeps all experts of a layer in one tensor, gate and up row by row in turn; else each
-            expert has its own tensors.
-        transposed: their projections are [..., in, out] there.
-        adapters: the option of PEFT's `LoraConfig` that puts adapters on them; None: there is none that works.
+        per_token: experts that see each token.
+        intermediate_size: of each expert.
+        normalized: the shares of the chosen experts add up to one.
+        router_bias, bias: whether the router, and the experts' projections, have a bias.
+        shared_size: intermediate size of an expert that sees every token, weighted by its own gate.
+        clamp: the gate that replaces the activation.
+        fused: the checkpoint stores all experts of a layer in one tensor, where rows of gate and up alternate;
+            otherwise each expert has its own tensors.
+        transposed: the checkpoint stores the experts' projections as [..., in, out].
+        adapters: the option of PEFT's `LoraConfig` that puts adapters on experts; None: no option works.
     """
 
     count: int
@@ -78,10 +78,10 @@ class Experts:
 
 @dataclass(frozen=True)
 class Source:
-    """The directory a model was read from: what is needed to write it out again, and to notice when it changed.
+    """Where a model was read from: what is needed to write it out again, and to notice when it changed.
 
     Attributes:
-        name: as the user gave it: a hub id or a path.
+        name: a hub id or a path, as the user gave it.
         path: the directory, or the GGUF file.
         revision: the commit it was downloaded at, for a hub id.
         fingerprint: identifies the weights (`jaxft.hub.load.fingerprint`).
@@ -99,8 +99,8 @@ class LayerSpec:
 
     Attributes:
         window: a query sees the last `window` keys, itself included.
-        rope: which of the config's rotary embeddings, or none.
-        sparse: a mixture of experts is its feed-forward.
+        rope: which of the config's rotary embeddings it uses, if any.
+        sparse: its feed-forward is a mixture of experts.
     """
 
     window: int | None = None
@@ -127,25 +127,27 @@ class DecoderConfig:
     """Sizes and switches of a decoder-only transformer. Names follow Hugging Face where they agree.
 
     Attributes:
-        norm: rms; rms_offset, whose weight is stored less one; or layer, which subtracts the mean, with a bias or not.
-        block_norms: where a layer has norms, and what they are called.
-        parallel: attention and feed-forward both start from the layer's input; without a norm of its own the
-            feed-forward starts from attention's.
+        norm: rms; rms_offset, whose weight is stored minus one; layer, which subtracts the mean; layer_bias, the same
+            with a bias.
+        block_norms: where a layer has norms, and their names.
+        parallel: attention and feed-forward both read the layer's input; a feed-forward without its own norm reads the
+            output of attention's norm.
         qk_norm: queries and keys are normalised, each head by itself or the whole projection at once.
-        fused_qkv: one projection gives queries, keys and values: all of each in turn, or head by head.
-        fused_gate_up: one projection gives the gate and what it gates.
+        fused_qkv: one projection gives queries, keys and values: first all queries, then keys, then values; or head by
+            head.
+        fused_gate_up: one projection gives gate and up.
         gated_mlp: down(act(gate(x)) * up(x)), else down(act(up(x))).
-        attention_scale: of scores; 1/√head_dim when absent.
-        attention_sinks: each head has a learned score that takes its share of the softmax and has no value.
+        attention_scale: factor on scores; 1/√head_dim when absent.
+        attention_sinks: each head has a learned score that takes part in the softmax but has no value.
         attention_softcap, logits_softcap: c tanh(x / c) of scores and of logits.
         embedding_scale, residual_scale, logits_scale: factors on embeddings, on what a half of a layer adds, on logits.
-        local_rope: of the layers whose spec asks for it.
-        learned_positions: rows of a table that is added to the embeddings, by position.
-        transposed: the checkpoint stores the layers' projections [in, out].
-        renames: (ours, Hugging Face's) parts of names, applied one after the other; * stands for a layer's number, %
-            for an expert's.
-        experts: of the layers whose spec asks for them.
-        part_of: the model_type of the model with vision, of which this is the part for text.
+        local_rope: rotary embedding of the layers whose spec says "local".
+        learned_positions: rows of the table of position embeddings, which are added to the token embeddings.
+        transposed: the checkpoint stores the layers' projections as [in, out].
+        renames: pairs of (our part of a name, Hugging Face's), applied one after the other; * stands for a layer's
+            number, % for an expert's.
+        experts: the mixture of experts in the layers whose spec is `sparse`.
+        part_of: the model_type of the vision model that this model is the text part of.
     """
 
     vocab_size: int
@@ -184,7 +186,7 @@ class DecoderConfig:
     part_of: str | None = None
 
     def names(self, name: str, layers: range | None, experts: int | None = None) -> tuple[str, ...]:
-        """The Hugging Face names of a module or parameter, one for each layer it stacks, or for each expert of each.
+        """The Hugging Face names of a module or parameter, one for each stacked layer, or each expert of each layer.
 
         `model.layers.self_attn.q_proj` of layers 0 and 2 is `model.layers.0.self_attn.q_proj` and
         `model.layers.2.self_attn.q_proj`, unless `renames` say otherwise.

@@ -18,7 +18,7 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(model: nnx.Module, trained_type: type[nnx.Variable]) -> list[ParameterCount]:
-    """One entry per storage format and side, largest first; works on models without memory too."""
+    """One entry for each storage format, trained or frozen, largest first; also works on models without arrays."""
     totals: dict[tuple[str, bool], list[int]] = {}
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Param | Adapter):

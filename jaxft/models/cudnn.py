@@ -1,11 +1,11 @@
 """Attention by cuDNN's flash kernels for NVIDIA GPUs, through `jax.nn`.
 
-They know no segments. Rows that hold one example, padded on the right, need none: padding comes after the example,
-so causality hides it, and what padding itself sees is of no consequence, because no loss is taken there and no token
-of the example sees it. Rows that hold several examples are no case for these kernels (`jaxft.models.kernels`).
+These kernels have no segments. A row that holds one example, padded on the right, needs none: padding comes after the
+example, so causality hides it. The outputs at padding do not matter, because they have no loss and no token of the
+example sees them. Rows that hold several examples cannot use these kernels (`jaxft.models.kernels`).
 
-jax also has a private interface of offsets for packed rows. It is not used: it steps through keys and values by the
-number of query heads, which is wrong where there are fewer of them, and nothing public holds it to anything.
+jax also has a private interface that takes offsets for packed rows. It is not used: it steps through keys and values by
+the number of query heads, which is wrong if there are fewer key-value heads, and no public contract covers it.
 
 Axes: B batch, T tokens, N query heads, K key-value heads, H head_dim.
 """

@@ -1,6 +1,6 @@
-"""The decoder: every supported family is this module under another `DecoderConfig`.
+"""The decoder: every supported family is this module with another `DecoderConfig`.
 
-Its tree is named as Hugging Face names it (`model.layers.self_attn.q_proj.weight`), with one difference: layers
+Its tree has Hugging Face's names (`model.layers.self_attn.q_proj.weight`), with one difference: layers
 that share a spec are stacked on a leading axis and scanned, so compile time does not grow with depth.
 `model.layers[g][p]` holds the layers at position p of the pattern of group g (see `layer_groups`).
 
@@ -81,9 +81,9 @@ class Decoder(nnx.Module):
         make: gives the value of each declared parameter.
         dtype: of activations; parameters are cast to it where they are used.
         remat: what the backward pass recomputes: `none` keeps everything, `full` keeps layer inputs only, `dots`
-            keeps the results of matmuls, a list keeps what goes by its names (see `jaxft.models.remat`).
-        scan_layers: compile one layer and loop over the stack; else compile every layer, which takes the longer the
-            deeper the model is, but saves copying what the backward pass needs in and out of the stack.
+            keeps the results of matmuls, a list keeps the activations that it names (see `jaxft.models.remat`).
+        scan_layers: compile one layer and loop over the stack; else compile every layer, which takes longer for deeper
+            models, but saves copying what the backward pass needs into and out of the stack.
         attn_implementation: the kernel of attention, by name or `auto`; see `jaxft.models.kernels`.
     """
 
@@ -102,7 +102,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
-        self.offload = False  # what is kept, in the memory of the host
+        self.offload = False  # whether kept activations wait in host memory
         self.scan_layers = scan_layers
         self.attn_implementation = attn_implementation
         self.activations: NamedSharding | None = None
@@ -143,11 +143,11 @@ class Decoder(nnx.Module):
         key: jax.Array | None = None,
         packed: bool = True,
     ) -> tuple[jax.Array, list[Balance]]:
-        """What `hidden` gives, and how the routers shared out the tokens, for each stack of layers that has them.
+        """The result of `hidden`, and the `Balance` of each stack of layers that has routers.
 
-        Without `packed`, the caller vouches that a row holds one segment, from its first slot on, and then padding.
-        Then causality hides the padding from it and attention needs no segments, which some kernels do not have.
-        What stands where there is padding has no meaning.
+        With `packed=False`, the caller guarantees that each row holds one segment, from its first slot on, and then
+        padding. Causality then hides the padding from the segment, so attention needs no segments, which some kernels
+        do not have. The results at padding have no meaning.
         """
         seen = segments if packed else None
         h, _, balances = self._run(tokens, positions, segments, Reach(jnp.int32(0), seen, seen), None, key)
@@ -156,7 +156,7 @@ class Decoder(nnx.Module):
     def extend(
         self, cache: Cache, tokens: jax.Array, positions: jax.Array, segments: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        """Write the next tokens [B, T] into the cache; their final hidden states [B, T, D] and the new cache."""
+        """Write the next tokens [B, T] into the cache. Gives their final hidden states [B, T, D] and the new cache."""
         written = jax.lax.dynamic_update_slice(cache.segments, segments, (jnp.int32(0), cache.length))
         h, layers, _ = self._run(
             tokens, positions, segments, Reach(cache.length, segments, written), cache.layers, None
@@ -176,7 +176,7 @@ class Decoder(nnx.Module):
 
     @property
     def head(self) -> Linear | Embedding:
-        """What turns hidden states into logits; the embedding itself where the two are tied."""
+        """The module that turns hidden states into logits; the embedding itself if the two are tied."""
         return self.model.embed_tokens if self.lm_head is None else self.lm_head
 
     def unembed(self, h: jax.Array) -> jax.Array:
@@ -184,7 +184,7 @@ class Decoder(nnx.Module):
         return project(self.config, self.head, h)
 
     def head_pieces(self, trained_type: type[nnx.Variable]) -> tuple[Head, Arrays, Arrays]:
-        """The output head as the loss takes it: itself, its trained arrays and its frozen ones."""
+        """The output head as the loss takes it: a `Head`, its trained arrays and its frozen arrays."""
         return pieces(self.head, partial(project, self.config), trained_type)
 
     @property
@@ -229,7 +229,7 @@ class Decoder(nnx.Module):
         return self.model.norm(h), new_caches, balances
 
     def _constrained(self, h: jax.Array) -> jax.Array:
-        """h [B, T, D] as it lies between layers: tokens cut over `context`, unless they are few, as in generation."""
+        """h [B, T, D] as cut between layers: tokens over `context`, or not if they do not divide, as in generation."""
         if self.activations is None:
             return h
         mesh = self.activations.mesh
@@ -247,13 +247,13 @@ def project(config: DecoderConfig, head: Linear | Embedding, h: jax.Array) -> ja
 
 
 def describe(config: DecoderConfig, make: Make | None = None) -> Decoder:
-    """The model without memory: every parameter is what `make` gives under `jax.eval_shape`, float32 by default."""
+    """The model without arrays: every parameter is what `make` gives under `jax.eval_shape`, float32 by default."""
     make = make or (lambda parameter: jnp.zeros(parameter.stacked_shape, jnp.float32))
     return Decoder(config, lambda parameter: jax.eval_shape(lambda: make(parameter)), jnp.float32)
 
 
 def describe_model(config: DecoderConfig, dtype: str, form: Format | None) -> Decoder:
-    """What `load_model` would give, without memory: `jax.ShapeDtypeStruct`s in place of arrays."""
+    """The model that `load_model` would give, with `jax.ShapeDtypeStruct`s in place of arrays."""
 
     def make(parameter: Parameter) -> Weight:
         value = jnp.zeros(parameter.stacked_shape, jnp.dtype(dtype))
@@ -263,7 +263,7 @@ def describe_model(config: DecoderConfig, dtype: str, form: Format | None) -> De
 
 
 def is_quantized(parameter: Parameter) -> bool:
-    """Quantization is for the matmuls inside the layers; embedding, output head, norms and biases stay as they are."""
+    """Only weights of matmuls inside the layers are quantized; embedding, output head, norms and biases are not."""
     return parameter.name.endswith("_proj.weight")
 
 

@@ -1,7 +1,7 @@
-"""The embedding: rows of a matrix, by token.
+"""The embedding: one row of a matrix for each token.
 
-On a mesh its columns are cut. A device looks up its columns for the tokens of all devices that share the matrix out,
-and they exchange what they found: what is sent is of the size of the activations, not of the vocabulary.
+On a mesh its columns are cut. Each device looks up its columns for the tokens of all devices that share the matrix, and
+they exchange the results. What they send has the size of the activations, not of the vocabulary.
 
 Axes: B batch, T tokens, D hidden, V vocabulary.
 """

@@ -2,8 +2,8 @@
 experts for each token, and their outputs are added, weighted by the router's probabilities.
 
 Tokens are sorted by expert and multiplied group by group (`grouped`): exact, whatever the load of an expert. On a mesh
-each device has the experts of its place on the axis `expert`. It gathers the tokens of its row of that axis, computes
-what its experts add to them, and the sums are scattered back.
+each device along the axis `expert` holds some of the experts. It gathers the tokens of all devices along that axis and
+computes what its experts add to them; the sums are scattered back.
 
 Axes: B batch, T tokens, D hidden, I inner, E experts, k experts of a token, N tokens, M = kN rows.
 """
@@ -30,15 +30,15 @@ from jaxft.sharding.mesh import BATCH_AXES, batch_ways
 
 
 class Balance(NamedTuple):
-    """How a router shared out the tokens of a layer, summed over those that are not padding. For the balancing loss."""
+    """How a router distributed the tokens of a layer, not counting padding. For the balancing loss."""
 
     chosen: jax.Array  # [E] how often each expert was chosen
-    probability: jax.Array  # [E] summed
-    tokens: jax.Array  # scalar
+    probability: jax.Array  # [E] summed over tokens
+    tokens: jax.Array  # scalar, how many
 
 
 class Router(nnx.Module):
-    """Scores of experts, from `weight` [E, D] and perhaps `bias` [E]. No adapter sits on it."""
+    """Scores of experts, from `weight` [E, D] and an optional `bias` [E]. It takes no adapter."""
 
     def __init__(self, weight: jax.Array, bias: jax.Array | None):
         self.weight = nnx.Param(weight)
@@ -52,7 +52,7 @@ class Router(nnx.Module):
 
 
 class Projection(NamedTuple):
-    """The arrays of an `ExpertLinear` without layer axis, or the `PartitionSpec`s they are cut by."""
+    """The arrays of an `ExpertLinear` without layer axis, or the `PartitionSpec`s of these arrays."""
 
     weight: Weight
     bias: jax.Array | None
@@ -61,7 +61,7 @@ class Projection(NamedTuple):
     scale: jax.Array | None
 
     def __call__(self, x: jax.Array, sizes: jax.Array, expert: jax.Array, cuts: "Projection") -> jax.Array:
-        """x [M, in], row m for its expert -> [M, out]; see `grouped_matmul`."""
+        """x [M, in], each row with its expert's weights -> [M, out]; see `grouped_matmul`."""
         y = grouped_matmul(x, self.weight, sizes, cuts.weight)
         if self.A is not None:
             z = named(self.scale[expert][:, None].astype(x.dtype) * grouped_matmul(x, self.A, sizes, cuts.A), "lora")
@@ -70,7 +70,7 @@ class Projection(NamedTuple):
 
 
 class ExpertLinear(nnx.Module):
-    """One projection of all experts of a layer: `weight` [E, out, in], perhaps `bias` [E, out], perhaps a LoRA."""
+    """One projection of all experts of a layer: `weight` [E, out, in]; `bias` [E, out] and a LoRA are optional."""
 
     def __init__(self, weight: Weight, bias: jax.Array | None = None):
         self.weight = nnx.Param(weight)
@@ -81,12 +81,12 @@ class ExpertLinear(nnx.Module):
     def arrays(self) -> Projection:
         weight, lora = self.weight.get_value(), self.adapter
         if self.layout is not None and isinstance(weight, QTensor) and isinstance(weight.format, NF4):
-            weight = weight.format.plain(weight)  # blocks of nested scales are not those of a part of the matrix
+            weight = weight.format.plain(weight)  # a shard of the matrix does not hold whole blocks of nested scales
         bias = None if self.bias is None else self.bias[...]
         return Projection(weight, bias, *((None,) * 3 if lora is None else (lora.A[...], lora.B[...], lora.scale[...])))
 
     def cuts(self, arrays: Projection) -> Projection:
-        """How the arrays lie on the mesh."""
+        """The `PartitionSpec` of each array on the mesh."""
         if self.layout is None:
             return Projection(None, None, None, None, None)
         stored, lora, weight = self.layout.stored, self.adapter, arrays.weight
@@ -107,7 +107,7 @@ class Experts(nnx.Module):
         self.config = config
 
     def __call__(self, x: jax.Array, chosen: jax.Array, shares: jax.Array) -> jax.Array:
-        """What the chosen experts make of x [B, T, D]; chosen [B, T, k] int32, shares [B, T, k] float32."""
+        """The chosen experts' weighted sum for x [B, T, D]; chosen [B, T, k] int32, shares [B, T, k] float32."""
         arrays = {name: getattr(self, name).arrays() for name in self.names}
         cuts = {name: getattr(self, name).cuts(arrays[name]) for name in self.names}
         layout = self.down_proj.layout
@@ -116,7 +116,7 @@ class Experts(nnx.Module):
             return run(x, chosen, shares, arrays)
         count, length = x.shape[:2]
         rows = P(BATCH_AXES, "context" if length % layout.mesh.shape["context"] == 0 else None)
-        missing = -count % batch_ways(layout.mesh)  # rows, to give every device as many
+        missing = -count % batch_ways(layout.mesh)  # rows of padding, so that all devices get equally many
         x, chosen, shares = (jnp.pad(each, ((0, missing), (0, 0), (0, 0))) for each in (x, chosen, shares))
         specs = (rows, rows, rows, cuts)
         return jax.shard_map(
@@ -125,7 +125,7 @@ class Experts(nnx.Module):
 
 
 class Mixture(nnx.Module):
-    """`router` and `experts`, and where the config has them a `shared_expert` that sees every token, weighted by
+    """`router` and `experts` and, if the config has one, a `shared_expert` that sees every token, weighted by
     `shared_expert_gate`."""
 
     def __init__(self, config: DecoderConfig, router: Router, experts: Experts, shared: tuple[MLP, Linear] | None):
@@ -136,7 +136,7 @@ class Mixture(nnx.Module):
     def __call__(
         self, x: jax.Array, segments: jax.Array | None, key: jax.Array | None = None
     ) -> tuple[jax.Array, Balance]:
-        """x [B, T, D] -> [B, T, D]; where `segments` [B, T] is 0 there is padding, which counts in no balance."""
+        """x [B, T, D] -> [B, T, D]; `segments` [B, T] is 0 at padding, which the balance does not count."""
         sparse = self.config.experts
         probabilities = self.router(x)
         shares, chosen = jax.lax.top_k(probabilities, sparse.per_token)
@@ -154,13 +154,13 @@ class Mixture(nnx.Module):
 
 
 def load_balancing_loss(balances: list[Balance]) -> jax.Array:
-    """E times the sum over experts of the share of tokens they got times the mean probability they were given.
+    """E times the sum over experts of: the share of tokens that an expert got times its mean probability.
 
-    Both are means over tokens and layers. It is k where all experts get the same (arXiv 2101.03961, equations 4 to 6,
-    for k experts of a token). The shares have no gradient, the probabilities have.
+    Both are means over tokens and layers. The loss is k if all experts get the same (arXiv 2101.03961, equations 4 to
+    6, for k experts of a token). Only the probabilities have a gradient, not the shares.
 
     Args:
-        balances: of stacks of layers; the leading axes are summed over.
+        balances: one for each stack of layers; leading axes are summed.
     """
     chosen = sum(b.chosen.reshape(-1, b.chosen.shape[-1]).sum(axis=0) for b in balances)
     probability = sum(b.probability.reshape(-1, b.chosen.shape[-1]).sum(axis=0) for b in balances)
@@ -178,7 +178,7 @@ def _run(
     config: DecoderConfig,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """What the chosen experts add to x [B, T, D]; with a mesh, on one device of it, for its rows."""
+    """What the chosen experts add to x [B, T, D]. With a mesh this runs on one device, for its rows."""
     down, down_cut = arrays["down_proj"], cuts["down_proj"].weight
     names = () if mesh is None else _axes(down_cut if isinstance(down_cut, P) else down_cut.codes)
     spread = "expert" in names
@@ -190,7 +190,7 @@ def _run(
         expert = expert - jax.lax.axis_index("expert") * own
         elsewhere = (expert < 0) | (expert >= own)
         expert, shares = jnp.where(elsewhere, own, expert), jnp.where(elsewhere, 0.0, shares)
-    if "tensor" in names and down.bias is not None:  # it is added once, before the sum over the axis
+    if "tensor" in names and down.bias is not None:  # one device adds the bias, before the sum over the axis
         first = jax.lax.axis_index("tensor") == 0
         arrays = arrays | {"down_proj": down._replace(bias=jnp.where(first, down.bias, jnp.zeros((), down.bias.dtype)))}
 
@@ -205,7 +205,7 @@ def _run(
     taken = _take(x.reshape(-1, x.shape[-1]), order, back, k)
     if "gate_up_proj" in arrays:
         both = named(project("gate_up_proj", taken), "mlp")
-        # Not by slices with a step, which take the TPU compiler minutes.
+        # Slices with a step would take the TPU compiler minutes.
         gate, up = jnp.moveaxis(both.reshape(both.shape[0], -1, 2), -1, 0)
     else:
         gate, up = (named(project(name, taken), "mlp") for name in ("gate_proj", "up_proj"))
@@ -225,7 +225,7 @@ def _axes(spec: P) -> set[str]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _take(x: jax.Array, order: jax.Array, back: jax.Array, k: int) -> jax.Array:
-    """Each row of x [N, D] k times, in the given order: [kN, D]. The backward pass gathers, too."""
+    """Each row of x [N, D] k times, in the given order: [kN, D]. The backward pass is a gather, too."""
     return x[order // k]
 
 
@@ -243,7 +243,7 @@ _take.defvjp(_take_forward, _take_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _combine(y: jax.Array, shares: jax.Array, order: jax.Array, back: jax.Array, k: int) -> jax.Array:
-    """The rows y [kN, D] put back in place, times their shares [kN], and added k to one in float32: [N, D]."""
+    """Rows y [kN, D], back in token order, times their shares [kN]; each token's k rows summed in float32: [N, D]."""
     weighted = y[back].astype(jnp.float32) * shares[:, None]
     return weighted.reshape(-1, k, y.shape[-1]).sum(axis=1).astype(y.dtype)
 

@@ -1,4 +1,4 @@
-"""The families: for each a function from transformers' config to a `DecoderConfig`. Its docstring names checkpoints."""
+"""The families: each has a function from transformers' config to a `DecoderConfig`. Its docstring names checkpoints."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -67,7 +67,7 @@ def _gemma3(hf: PreTrainedConfig) -> DecoderConfig:
     """Gemma 3 1B, and the text part of the larger ones."""
     if hf.use_bidirectional_attention:
         raise ValueError("config.json: use_bidirectional_attention is set; only causal models can be trained")
-    # Its config has an attention softcap, too, but no code that applies it.
+    # Its config has an attention softcap too, but no code applies it.
     layers = typed_layers(hf, sliding_rope="local")
     return _gemma2(hf, qk_norm="head", layers=layers, attention_softcap=None)
 
@@ -150,7 +150,7 @@ def _gpt2(hf: PreTrainedConfig) -> DecoderConfig:
             raise ValueError(f"config.json: {key} is set, which is not supported for gpt2")
     hf.hidden_act = hf.activation_function
     hf.intermediate_size = hf.n_inner or 4 * hf.hidden_size
-    hf.rope_parameters = {"rope_theta": 1.0}  # there is none; positions are learned
+    hf.rope_parameters = {"rope_theta": 1.0}  # not used; positions are learned
     return shared(
         hf,
         qkv_bias=True,
@@ -204,7 +204,7 @@ def _gpt_neox(hf: PreTrainedConfig) -> DecoderConfig:
 
 
 def _some_sparse(hf: PreTrainedConfig, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
-    """The layers, those with experts marked: each `decoder_sparse_step`-th, unless `mlp_only_layers` excepts it."""
+    """The layers, with `sparse` set on each `decoder_sparse_step`-th one that is not in `mlp_only_layers`."""
 
     def is_sparse(layer: int) -> bool:
         return layer not in hf.mlp_only_layers and (layer + 1) % hf.decoder_sparse_step == 0
@@ -219,7 +219,7 @@ def _qwen_experts(hf: PreTrainedConfig, **more: Any) -> Experts:
 
 def _qwen2_moe(hf: PreTrainedConfig) -> DecoderConfig:
     """Qwen1.5-MoE, Qwen2-57B-A14B."""
-    # PEFT drops adapters on these experts without a word.
+    # PEFT silently drops adapters on these experts.
     experts = _qwen_experts(hf, shared_size=hf.shared_expert_intermediate_size, adapters=None)
     layers = _some_sparse(hf, typed_layers(hf))
     return shared(hf, qkv_bias=hf.qkv_bias, layers=layers, experts=experts, renames=_QWEN_ROUTER)

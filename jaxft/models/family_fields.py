@@ -1,4 +1,4 @@
-"""What the config.json of nearly every family says alike."""
+"""The fields of config.json that nearly all families share."""
 
 from functools import partial
 from typing import Any, Literal
@@ -26,7 +26,7 @@ def shared(
     interleaved: bool = False,
     **more: Any,
 ) -> DecoderConfig:
-    """What nearly all families name alike, and `more` fields of `DecoderConfig`."""
+    """A `DecoderConfig` from the fields that nearly all families share, and from `more`."""
     activation = getattr(hf, "hidden_activation", None) or hf.hidden_act
     if activation not in _ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act {activation!r} is not one of {', '.join(_ACTIVATIONS)}")
@@ -61,6 +61,6 @@ def biases(hf: PreTrainedConfig, key: str = "attention_bias") -> dict[str, bool]
 
 
 def typed_layers(hf: PreTrainedConfig, sliding_rope: Literal["global", "local"] = "global") -> tuple[LayerSpec, ...]:
-    """Layers of `layer_types`: those that slide have a window, and in some families a rotary embedding of their own."""
+    """Layers by `layer_types`: sliding ones have a window and, in some families, their own rotary embedding."""
     sliding = LayerSpec(hf.sliding_window, sliding_rope)
     return tuple(sliding if kind == "sliding_attention" else LayerSpec() for kind in hf.layer_types)

@@ -1,13 +1,13 @@
-"""Products of rows with the weights of the expert that each belongs to; no row is dropped, none computed twice.
+"""Multiply each row with the weights of its expert; no row is dropped or computed twice.
 
-Rows are sorted by expert, so that each expert has one run of them. TPUs have an operation for that. Elsewhere XLA
+Rows are sorted by expert, so that the rows of an expert are contiguous. TPUs have an operation for that. Elsewhere XLA
 would multiply all rows with all experts; here a loop visits the experts that have rows, dequantizes one at a time
 and takes its rows in tiles.
 
-Like `linear.matmul`, the backward pass starts again from the stored weight, quantized and cut as it is.
+As in `linear.matmul`, the backward pass starts again from the stored weight, quantized and sharded.
 
 Axes: M rows, E experts. Under `shard_map` E are the experts of one device, and M the rows that it sees; rows of
-other devices' experts stand at the end, and their products are zero.
+other devices' experts come last, and their products are zero.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from jaxft.models.linear import Weight, as_stored, contract, precision
 from jaxft.quantization.qtensor import QTensor
 
 TILE = 128
-"""Rows multiplied at a time, at most."""
+"""Most rows multiplied at a time."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -32,7 +32,7 @@ def grouped_matmul(x: jax.Array, weight: Weight, sizes: jax.Array, stored: Weigh
         x: sorted by expert; its dtype is the dtype of the operands.
         weight: [E, out, in], an array, or a `QTensor`, which has no gradient.
         sizes: [E] int32, the rows of each expert. Rows beyond their sum give zeros.
-        stored: how the weight is cut, where this runs under `shard_map`: a `PartitionSpec` for each of its leaves.
+        stored: how the weight is sharded, if this runs under `shard_map`: a `PartitionSpec` for each of its leaves.
     """
     return _products(x, _gathered(weight, stored), sizes, 1)
 
@@ -56,7 +56,7 @@ grouped_matmul.defvjp(_forward, _backward)
 
 
 def _gathered(weight: Weight, stored: Weight | None) -> Weight:
-    """This device's experts whole along fsdp; codes are gathered as codes."""
+    """The weights of this device's experts, gathered over fsdp; codes are gathered as codes."""
 
     def gather(leaf: jax.Array, spec: P) -> jax.Array:
         for axis in _fsdp_axes(spec):
@@ -71,7 +71,7 @@ def _fsdp_axes(spec: P | None) -> list[int]:
 
 
 def _products(x: jax.Array, weight: Weight, sizes: jax.Array, axis: int) -> jax.Array:
-    """x [M, .] with an axis of each expert's matrix contracted: [M, ..] in x's dtype."""
+    """x [M, .] times its expert's matrix, contracted over the given axis of the matrix: [M, ..] in x's dtype."""
     y = jax.lax.platform_dependent(
         x, weight, sizes, tpu=partial(_ragged, axis=axis), default=partial(_looped, axis=axis)
     )
@@ -79,7 +79,7 @@ def _products(x: jax.Array, weight: Weight, sizes: jax.Array, axis: int) -> jax.
 
 
 def _ragged(x: jax.Array, weight: Weight, sizes: jax.Array, axis: int) -> jax.Array:
-    # Codes an expert at a time: of all at once, scales and products are written to memory in float32.
+    # One expert's codes at a time: for all at once, XLA writes scales and products to memory in float32.
     dense = (
         jax.lax.map(partial(_dense, dtype=x.dtype), weight) if isinstance(weight, QTensor) else _dense(weight, x.dtype)
     )
@@ -100,7 +100,7 @@ def _looped(x: jax.Array, weight: Weight, sizes: jax.Array, axis: int) -> jax.Ar
         multiply = product(e)
 
         def one_tile(t: jax.Array, y: jax.Array) -> jax.Array:
-            # The last tile of an expert runs over into rows of the next, which are written after it.
+            # The last tile of an expert may run into rows of the next expert, which are written later.
             at = start + t * tile
             return jax.lax.dynamic_update_slice_in_dim(y, multiply(jax.lax.dynamic_slice_in_dim(rows, at, tile)), at, 0)
 
@@ -148,7 +148,7 @@ def _for_busy_experts(sizes: jax.Array, visit: Callable, carry: jax.Array) -> ja
 
 
 def _tile(rows: int, experts: int) -> int:
-    """Half of what an expert has on average, as a power of two: a tile that is not full costs as much as a full one."""
+    """Half of an expert's mean rows, as a power of two: a tile that is not full costs as much as a full one."""
     return max(8, min(TILE, 1 << (rows // (2 * experts)).bit_length()))
 
 

@@ -1,11 +1,11 @@
-"""The output head in pieces: its arrays, and their rows chunk by chunk as one device multiplies them.
+"""The output head in pieces: its arrays, and the chunks of their rows that one device multiplies.
 
-The loss visits the head's rows by itself, so it takes the arrays apart from the module. It needs to know which of them
-are trained, and how each lies on the mesh.
+The loss visits the head's rows itself, so it takes the arrays without the module. It needs to know which arrays are
+trained, and how each is cut on the mesh.
 
-The vocabulary is cut over tensor and fsdp, over tensor alone, or not. What is cut over fsdp is gathered, a chunk at a
-time. What is not cut over tensor is shared out there, so that each of its devices multiplies other rows: where the
-columns are cut over tensor, they exchange a chunk's columns for its rows.
+The vocabulary is cut over tensor and fsdp, over tensor alone, or not. A cut over fsdp is gathered, one chunk at a time.
+If the vocabulary is not cut over tensor, the devices along tensor split each chunk, so that each multiplies other rows.
+If the columns are cut over tensor instead, these devices exchange a chunk's columns for its rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,19 +26,19 @@ from jaxft.sharding.layout import names_of
 Arrays = tuple[jax.Array, ...]
 
 ALIGNED = 128
-"""Large chunks have a multiple of so many rows, which suits matrix units."""
+"""Large chunks have a multiple of this many rows, which suits matrix units."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """How logits are made of the head's arrays. It holds none itself.
+    """How to compute logits from the head's arrays. It holds no arrays itself.
 
     Attributes:
-        logits: (trained arrays, frozen arrays, h [C, D]) -> [C, rows] float32, for any rows of the arrays that have
-            one for each token of the vocabulary.
-        trained, frozen: how each array is cut on the mesh, where axis 0 is the vocabulary, which is cut alike in all;
-            None for an array without that axis.
-        mesh: None: there is one device.
+        logits: (trained arrays, frozen arrays, h [C, D]) -> [C, rows] float32. Arrays with a vocabulary axis may be
+            reduced to any rows of it, the same in all.
+        trained, frozen: how each array is cut on the mesh. Axis 0 is the vocabulary, cut alike in all arrays; None for
+            an array without that axis.
+        mesh: None if there is one device.
     """
 
     logits: Callable[[Sequence[jax.Array], Sequence[jax.Array], jax.Array], jax.Array]
@@ -52,12 +52,12 @@ def pieces(
     project: Callable[[Linear | Embedding, jax.Array], jax.Array],
     trained_type: type[nnx.Variable],
 ) -> tuple[Head, Arrays, Arrays]:
-    """An output head, its trained arrays and its frozen ones.
+    """An output head as a `Head`, its trained arrays and its frozen arrays.
 
     Args:
         module: may carry an adapter.
-        project: gives logits [..., V] of a head and hidden states [..., D].
-        trained_type: of the variables that are trained.
+        project: gives logits [..., V] from a head and hidden states [..., D].
+        trained_type: the type of the trained variables.
     """
     module, layout = nnx.clone(module), module.layout
     module.layout = None  # the loss gathers rows itself
@@ -84,9 +84,9 @@ def pieces(
 
 
 class Chunks(NamedTuple):
-    """Chunk j has rows from `start(j)` on of what `parts` devices store, and `sharers` devices share them out.
+    """Chunk j takes the stored rows from `start(j)` on of each of `parts` devices; `sharers` devices split it.
 
-    Chunks are all of one size. The last one therefore begins with rows of the one before, which are not `fresh`.
+    All chunks have one size. So the last one may begin with rows of the one before, which are not `fresh`.
     """
 
     mesh: Mesh | None
@@ -97,7 +97,7 @@ class Chunks(NamedTuple):
 
     @classmethod
     def of(cls, head: Head, arrays: Sequence[jax.Array], limit: int) -> "Chunks":
-        """For arrays as they lie on one device, and at most `limit` rows to multiply at a time."""
+        """The chunks of one device's shards of the arrays, with at most `limit` rows to multiply at a time."""
         cuts = (*head.trained, *head.frozen)
         cut, stored = next((cut, array.shape[0]) for cut, array in zip(cuts, arrays, strict=True) if cut is not None)
         chunks = cls(head.mesh, names_of(cut, 0), stored, 1, 1)
@@ -128,11 +128,11 @@ class Chunks(NamedTuple):
         return self.start(j) + (jax.lax.axis_index("tensor") * self.size if self.sharers > 1 else 0)
 
     def fresh(self, j: jax.Array) -> jax.Array:
-        """Which of the rows no earlier chunk had: [rows]."""
+        """Which rows of chunk j are in no earlier chunk: [rows]."""
         return jnp.tile(self.own_start(j) + jnp.arange(self.size) >= j * self.span, self.parts)
 
     def position(self, j: jax.Array, tokens: jax.Array) -> jax.Array:
-        """Where in chunk j the rows of tokens [C] are: [C], -1 for those that are elsewhere or were there before."""
+        """The index in chunk j of the row of each token [C]: [C]; -1 if it is not in the chunk, or not fresh."""
         first = jax.lax.axis_index("tensor") * self.parts * self.stored if "tensor" in self.names else 0
         part, row = jnp.divmod(tokens - first, self.stored)
         place = row - self.own_start(j)
@@ -149,7 +149,7 @@ class Chunks(NamedTuple):
     def add(
         self, totals: Sequence[jax.Array], rows: Sequence[jax.Array], cuts: Sequence[P | None], j: jax.Array
     ) -> tuple[jax.Array, ...]:
-        """The reverse: totals as they are stored, plus rows of chunk j, summed over the devices that have each."""
+        """The reverse of `take`: the stored totals plus rows of chunk j, summed over the devices that share them."""
 
         def one(total: jax.Array, rows: jax.Array, cut: P | None) -> jax.Array:
             if cut is not None:
@@ -169,7 +169,7 @@ class Chunks(NamedTuple):
         return _sliced(array, self.start(j), self.span)
 
     def _gathered(self, cut: P, rows: jax.Array) -> jax.Array:
-        """The stored rows of a chunk as this device multiplies them: whole, and its share of them."""
+        """The rows of a chunk that this device multiplies: its share, with all columns."""
         for axis in range(rows.ndim):
             if "fsdp" in names_of(cut, axis) and self.mesh.shape["fsdp"] > 1:
                 rows = jax.lax.all_gather(rows, "fsdp", axis=axis, tiled=True)
@@ -181,7 +181,7 @@ class Chunks(NamedTuple):
 
 
 def _sliced(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """Some rows. On a CPU those of 16-bit numbers as integers: for others XLA converts all of x to float32."""
+    """`size` rows of x. On a CPU, 16-bit floats are sliced as integers: else XLA converts all of x to float32."""
 
     def as_integers(x: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.bitcast_convert_type(jax.lax.dynamic_slice_in_dim(_bits(x), start, size), x.dtype)
@@ -193,7 +193,7 @@ def _sliced(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
 
 
 def _updated(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
-    """x with other rows from `start` on; see `_sliced`."""
+    """x with `rows` in place of its own from `start` on; see `_sliced`."""
 
     def as_integers(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
         updated = jax.lax.dynamic_update_slice_in_dim(_bits(x), _bits(rows), start, 0)

@@ -10,7 +10,7 @@ from jaxft.models.config import DecoderConfig
 from jaxft.models.families import FAMILIES
 
 WITH_VISION = ("gemma3", "internvl", "llava", "mistral3")
-"""Models whose `text_config` is of one of the families, and whose part for text is loaded."""
+"""Vision models whose `text_config` is of one of the families; only their text part is loaded."""
 
 _SIZES = (
     "vocab_size",
@@ -27,11 +27,11 @@ _SIZES = (
 def decoder_config(raw: dict[str, Any]) -> DecoderConfig:
     """The decoder that a config.json describes. Fields it leaves out take transformers' defaults.
 
-    How the weights are stored (`quantization_config`) makes no difference to it.
+    How the weights are stored (`quantization_config`) is ignored.
 
     Raises:
-        ValueError: an unsupported `model_type`, activation or rope type, where the message names what is
-            supported; or a value that is not what its key asks for.
+        ValueError: an unsupported `model_type`, activation or rope type (the message names what is supported); or a
+            value that its key does not allow.
     """
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in (*FAMILIES, *WITH_VISION):
@@ -44,7 +44,7 @@ def decoder_config(raw: dict[str, Any]) -> DecoderConfig:
             hf = CONFIG_MAPPING[model_type].from_dict({k: v for k, v in raw.items() if k != "quantization_config"})
     except NoMemoryError:
         raise
-    except Exception as error:  # every check of transformers has an exception of its own
+    except Exception as error:  # transformers' checks raise exceptions of many types
         raise ValueError(f"config.json: {_reason(error)}") from error
     if model_type in WITH_VISION:
         tied, hf = hf.tie_word_embeddings, hf.text_config

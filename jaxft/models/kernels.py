@@ -1,11 +1,11 @@
 """Which kernel computes attention, and why.
 
-Three give the same: `blockwise` in plain JAX, which runs anywhere and can do everything, `splash` for TPUs and `cudnn`
-for NVIDIA GPUs. `auto` takes the chip's own kernel where that can do what the layer asks for, else blockwise;
-`objection` is the list of what they cannot do. A kernel that is asked for by name and cannot do it is an error.
+Three kernels give the same: `blockwise` in plain JAX, which runs anywhere and can do everything, `splash` for TPUs and
+`cudnn` for NVIDIA GPUs. `auto` takes the chip's own kernel if it can do what the layer needs, else blockwise;
+`objection` lists what each kernel cannot do. A kernel that the user names but that cannot do it is an error.
 
-Keys and values in a cache are always attended to blockwise: a new token's scores fit anywhere, and its keys stand at
-an offset that the kernels do not know.
+Attention over a cache is always blockwise: a new token's scores fit anywhere, and the other kernels do not know the
+offset of its slot.
 
 Axes: B batch, T queries, S keys, N query heads, K key-value heads, H head_dim.
 """
@@ -31,19 +31,19 @@ NATIVE: dict[str, Kernel] = {"tpu": "splash", "gpu": "cudnn"}
 """The kernel made for a platform."""
 
 ACCELERATOR_BLOCK = 512
-"""Queries and keys in a block of `blockwise` off the CPU: products large enough for matrix units."""
+"""Most queries, and most keys, in a block of `blockwise` off the CPU: large enough for matrix units."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The kernel by name or `auto`, and the devices: the default ones where there is no mesh."""
+    """The kernel, by name or `auto`, and the devices: those of the mesh, or the default devices."""
 
     implementation: Implementation = "auto"
     mesh: Mesh | None = None
 
     @property
     def device(self) -> jax.Device:
-        """One like all others. Programs are compiled for meshes of devices that the host does not have, too."""
+        """One device; all are alike. The mesh may have devices that the host does not have, to compile for."""
         return jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
 
     @property
@@ -53,12 +53,12 @@ class Backend:
 
 
 class Case(NamedTuple):
-    """What decides which kernels can compute the attention of a layer.
+    """The facts that decide which kernels can compute the attention of a layer.
 
     Attributes:
         platform: cpu, tpu or gpu.
         capability: compute capability of an NVIDIA GPU, (0, 0) elsewhere.
-        widest: head that cuDNN takes.
+        widest: the largest head_dim that cuDNN takes.
         ways: into how many parts the mesh cuts the heads.
         packed: rows may hold several segments.
     """
@@ -76,7 +76,7 @@ class Case(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A kernel, and why it is taken."""
+    """A kernel, and why it was chosen."""
 
     kernel: Kernel
     why: str
@@ -86,7 +86,7 @@ class Choice(NamedTuple):
 
 
 def objection(kernel: Kernel, case: Case) -> str | None:
-    """Why a kernel cannot compute the case; None: it can."""
+    """Why a kernel cannot compute the case; None if it can."""
     match kernel:
         case "blockwise":
             reasons = ()
@@ -115,7 +115,7 @@ def choose(implementation: Implementation, case: Case) -> Choice:
     """The kernel for a case.
 
     Raises:
-        ValueError: the one asked for cannot compute it, or there is none of that name.
+        ValueError: the kernel asked for cannot compute it, or no kernel has that name.
     """
     if implementation not in get_args(Implementation):
         raise ValueError(f"attn_implementation is {implementation!r}; choose {', '.join(get_args(Implementation))}")
@@ -143,12 +143,12 @@ def attend(
     sinks: jax.Array | None = None,
     cached: bool = False,
 ) -> jax.Array:
-    """softmax(scale q kᵀ) v for q [B, T, N, H], k and v [B, S, K, H]: [B, T, N, H], by the kernel of choice.
+    """softmax(scale q kᵀ) v for q [B, T, N, H], k and v [B, S, K, H]: [B, T, N, H], by the chosen kernel.
 
     Args:
-        reach: without segments, each row is one: see `blockwise`.
+        reach: without segments, each row is one segment; see `blockwise`.
         sinks: [N].
-        cached: keys and values come from a cache; else S is T, and the offset 0.
+        cached: keys and values come from a cache; otherwise S is T, and the offset is 0.
     """
     mesh, platform = backend.mesh, backend.device.platform
     in_blocks = partial(blockwise.attend, block=blockwise.BLOCK if platform == "cpu" else ACCELERATOR_BLOCK)
@@ -159,7 +159,7 @@ def attend(
     case = _case(backend, q.dtype, q.shape[2], q.shape[3], packed, softcap, with_sinks)
     kernel = choose(backend.implementation, case).kernel
     if kernel == "blockwise" and (mesh is None or mesh.shape["context"] == 1):
-        return in_blocks(q, k, v, reach, rule, sinks=sinks)  # the partitioner cuts it well, uneven heads too
+        return in_blocks(q, k, v, reach, rule, sinks=sinks)  # XLA's partitioner cuts this well, uneven heads too
 
     def whole_rows(q, k, v, segments, sinks):
         match kernel:
@@ -176,7 +176,7 @@ def attend(
 
 
 def choice(config: DecoderConfig, backend: Backend, dtype: jnp.dtype, packed: bool) -> Choice:
-    """The kernel of a model's layers in training, all of them alike.
+    """The kernel of a model's layers in training, the same for all of them.
 
     Args:
         packed: rows may hold several examples.
@@ -190,7 +190,7 @@ def choice(config: DecoderConfig, backend: Backend, dtype: jnp.dtype, packed: bo
 
 
 def packs(config: DecoderConfig, backend: Backend, dtype: jnp.dtype) -> bool:
-    """Whether rows with several examples have the kernel of rows with one. Raises as `choice`."""
+    """Whether the kernel for rows with one example also takes rows with several. Raises as `choice` does."""
     kernel = choice(config, backend, dtype, packed=False).kernel
     softcap = config.attention_softcap is not None
     case = _case(backend, dtype, config.num_heads, config.head_dim, True, softcap, config.attention_sinks)
@@ -202,14 +202,14 @@ def _case(
 ) -> Case:
     device = backend.device
     capability = _capability(device) if device.platform == "gpu" else (0, 0)
-    # jax asks the GPU at hand whether it is a Hopper, and not those that it compiles for.
+    # jax checks for Hopper on the GPU at hand, not on the GPU that it compiles for.
     widest = 256 if capability >= (9, 0) and jax.default_backend() == "gpu" else 128
     parts = backend.ways
     return Case(device.platform, capability, widest, jnp.dtype(dtype), heads, head_dim, parts, packed, softcap, sinks)
 
 
 def _capability(device: jax.Device) -> tuple[int, int]:
-    """(0, 0) of a GPU that is not NVIDIA's: what others call so is no pair of numbers, as in gfx942."""
+    """The compute capability; (0, 0) if the GPU is not NVIDIA's: others give no pair of numbers, such as gfx942."""
     parts = device.compute_capability.split(".")
     return (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(map(str.isdecimal, parts)) else (0, 0)
 

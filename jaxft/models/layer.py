@@ -1,4 +1,4 @@
-"""A layer: attention and feed-forward, each with norms around it, as the config has them.
+"""A decoder layer: attention and feed-forward, each with the norms that the config names.
 
 Axes: B batch, T tokens, D hidden.
 """
@@ -19,11 +19,11 @@ from jaxft.models.mlp import MLP
 from jaxft.models.norms import Norm
 
 Make = Callable[..., Weight]
-"""(name in the layer, *shape) -> its value, for all layers of a stack at once."""
+"""(name in the layer, *shape) -> the parameter's value, for all layers of a stack at once."""
 
 
 class Layer(nnx.Module):
-    """Attention, then feed-forward, or both side by side, each added to what came in."""
+    """Attention, then feed-forward, or both in parallel, each added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, spec: LayerSpec, make: Make):
         c = self.config = config
@@ -70,7 +70,7 @@ class Layer(nnx.Module):
         cache: LayerCache | None,
         key: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache | None, Balance | None]:
-        """h [B, T, D] -> [B, T, D], the layer's new cache, and how its router, if any, shared out the tokens."""
+        """h [B, T, D] -> [B, T, D], the layer's new cache, and the `Balance` of its router, if it has one."""
         attention_key, mlp_key = (None, None) if key is None else split(key)
         norms, scale = self.config.block_norms, jnp.asarray(self.config.residual_scale, h.dtype)
 
@@ -102,7 +102,7 @@ def norm(config: DecoderConfig, make: Make, name: str, size: int) -> Norm:
 def mixture(
     config: DecoderConfig, make: Make, linear: Callable[..., Linear], feed_forward: Callable[[str, int], MLP]
 ) -> Mixture:
-    """Router, experts, and where the config has one the expert that sees every token."""
+    """The router, the experts and, if the config has one, the expert that sees every token."""
     c, e = config, config.experts
 
     def projection(name: str, features_out: int, features_in: int) -> ExpertLinear:

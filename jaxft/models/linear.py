@@ -1,9 +1,9 @@
-"""The only matmul with weights in the model, and where a frozen base meets its adapter.
+"""The linear layer: the matmul with a weight, and the place where a frozen base meets its adapter.
 
 `matmul` dispatches on its weight: an array, or a `QTensor` that it dequantizes. Its backward pass starts again
-from the stored weight. Left to autodiff, every dequantized weight would be saved for the backward pass, which
-costs exactly the memory that quantization was to save. The same holds for sharded weights: what is saved is the
-shard, gathered (as codes, when quantized) once in the forward and once in the backward pass.
+from the stored weight. Autodiff would save every dequantized weight for the backward pass, which costs exactly the
+memory that quantization saves. The same holds for sharded weights: `matmul` saves only the shard, and gathers it (as
+codes, when quantized) once in the forward and once in the backward pass.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ class Adapter(nnx.Variable):
 
 
 class LinearAdapter(Protocol):
-    """What a linear layer may carry beside its weight: gives x Wᵀ, adapted, for the linear it sits on.
+    """An adapter that a linear layer may carry: it computes the adapted x Wᵀ for the layer it sits on.
 
     Attributes:
         by_output: the names of its variables that have a row for each output feature.
@@ -33,7 +33,7 @@ class LinearAdapter(Protocol):
     by_output: tuple[str, ...]
 
     def unbind(self) -> None:
-        """Forget how its arrays lie on a mesh."""
+        """Forget how its arrays are cut on a mesh."""
         ...
 
     def __call__(
@@ -49,7 +49,7 @@ def matmul(x: jax.Array, weight: Weight, layout: Layout | None = None, out_dtype
         x: its dtype is the dtype of the operands; the weight is cast to it.
         weight: an array, or a `QTensor`, which has no gradient.
         layout: how the weight is sharded.
-        out_dtype: of the result; x's when absent.
+        out_dtype: dtype of the result; x's when absent.
     """
     return contract(x, _ready(weight, x.dtype, layout), (x.ndim - 1,), (1,), out_dtype or x.dtype)
 
@@ -73,8 +73,8 @@ matmul.defvjp(_forward, _backward)
 def _outer(dy: jax.Array, x: jax.Array) -> jax.Array:
     """The sum over rows of dyᵀ x for dy [..., out] and x [..., in]: [out, in].
 
-    Transposes the narrower of the two, often a rank wide. The axes of rows are not made one: the mesh cuts each of
-    them, and one made of both could not be cut so.
+    Transposes the narrower operand, which is often only a rank wide. The axes of rows are not merged: the mesh cuts
+    each of them, and a merged axis could not be cut that way.
     """
     rows = tuple(range(x.ndim - 1))
     narrow, wide = (dy, x) if dy.shape[-1] <= x.shape[-1] else (x, dy)
@@ -83,10 +83,10 @@ def _outer(dy: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def as_stored(x: jax.Array) -> jax.Array:
-    """x, out of the compiler's sight on a CPU, where it must not fold a transposition into a product.
+    """x, hidden from the compiler on a CPU, where it must not fold a transposition into a product.
 
-    XLA's fast CPU kernels contract the last axis of their left operand, and bfloat16 products with float32 results
-    exist in no others: folded, the product is slow, or fails when it is run.
+    XLA's fast CPU kernels contract the last axis of their left operand. Only they have bfloat16 products with float32
+    results. With a folded transposition the product is slow, or fails when it runs.
     """
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
@@ -96,26 +96,26 @@ def contract(
 ) -> jax.Array:
     """Contract without transposing either operand: XLA's CPU and GPU kernels take the layouts as they are.
 
-    The sums are float32 and rounded to `dtype` once; off the CPU those of several devices are rounded, then added.
+    Sums are float32, rounded to `dtype` once. Off the CPU, the sums of several devices are rounded, then added.
     """
 
     def product(a: jax.Array, b: jax.Array, result: jnp.dtype) -> jax.Array:
         axes = (a_axes, b_axes), ((), ())
         return jax.lax.dot_general(a, b, axes, precision=precision(a.dtype), preferred_element_type=result)
 
-    # Matrix units round on their way out. Said afterwards, XLA may write the float32 sums to memory first.
+    # Matrix units round as they write. With a separate cast, XLA may write the float32 sums to memory first.
     return jax.lax.platform_dependent(
         a, b, cpu=lambda a, b: product(a, b, jnp.float32).astype(dtype), default=partial(product, result=dtype)
     )
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """float32 products are float32 on every chip; by default GPUs and TPUs would round their operands."""
+    """Keeps float32 products in float32 on every chip; by default GPUs and TPUs would round their operands."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def _ready(weight: Weight, dtype: jnp.dtype, layout: Layout | None) -> jax.Array:
-    """The weight as the matmul needs it. What is gathered is codes, or the narrower of stored and computed."""
+    """The gathered weight in `dtype`. It is gathered as codes, or in the narrower of its stored dtype and `dtype`."""
     if isinstance(weight, QTensor):
         if layout is not None:
             shardings = jax.tree.map(layout.sharding, weight.specs(layout.gathered, layout.mesh))
@@ -128,7 +128,7 @@ def _ready(weight: Weight, dtype: jnp.dtype, layout: Layout | None) -> jax.Array
 
 
 class Linear(nnx.Module):
-    """y = x Wᵀ + b, and what its adapter makes of it. `weight` is [..., out, in] as in Hugging Face and PEFT."""
+    """y = x Wᵀ + b, with x Wᵀ adapted if it has an adapter. `weight` is [..., out, in] as in Hugging Face and PEFT."""
 
     def __init__(self, weight: Weight, bias: jax.Array | None = None):
         self.weight = nnx.Param(weight)

@@ -20,7 +20,7 @@ ACTIVATIONS = {
 
 
 class MLP(nnx.Module):
-    """Takes `gate_proj` and `up_proj`, or `gate_up_proj` that gives first the one and then the other, or no gate."""
+    """Has `gate_proj` and `up_proj`, or `gate_up_proj`, which gives gate, then up; or `up_proj` without a gate."""
 
     def __init__(self, activation: str, down_proj: Linear, **projections: Linear):
         for name, projection in projections.items():
@@ -45,7 +45,7 @@ class MLP(nnx.Module):
 def gated(gate: jax.Array, up: jax.Array, activation: str, clamp: Clamp | None) -> jax.Array:
     """act(gate) * up in float32, rounded once; with a clamp, gate * sigmoid(alpha gate) * (up + 1) of clamped values.
 
-    The backward pass needs gate and up only.
+    The backward pass needs only gate and up.
     """
     gate32, up32 = gate.astype(jnp.float32), up.astype(jnp.float32)
     if clamp is None:

@@ -11,7 +11,7 @@ Kind = Literal["rms", "rms_offset", "layer", "layer_bias"]
 
 
 class Norm(nnx.Module):
-    """x over its length, times `weight` [..., D]; see `DecoderConfig.norm` for the kinds."""
+    """Normalised x, times `weight` [..., D]; see `DecoderConfig.norm` for the kinds."""
 
     def __init__(self, kind: Kind, weight: jax.Array, bias: jax.Array | None, eps: float):
         self.weight = nnx.Param(weight)

@@ -1,4 +1,4 @@
-"""What an array of a model is called, how large it is, and which tensors of a checkpoint it consists of."""
+"""The declaration of a model's array: its name, its shape, and the tensors of a checkpoint that it consists of."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,15 @@ from jaxft.models.config import DecoderConfig
 
 @dataclass(frozen=True)
 class Parameter:
-    """One array of the model as it is declared.
+    """One declared array of the model.
 
     Attributes:
-        name: in this tree, without layer numbers.
-        shape: without the layer axis; of experts: [experts, ...].
-        layers: those it stacks; None: it is not stacked.
-        experts: how many the checkpoint keeps in a tensor each; None: one tensor has all there is of a layer.
-        names: of the Hugging Face tensors it consists of, in stacking order: by layer, then by expert.
-        transposed: they are [..., in, out] there.
+        name: its name in the model's tree, without layer numbers.
+        shape: without the layer axis; [experts, ...] for experts.
+        layers: the layers it stacks; None if it is not stacked.
+        experts: how many experts have their own tensor in the checkpoint; None if one tensor holds all of a layer.
+        names: the Hugging Face tensors it consists of, in stacking order: by layer, then by expert.
+        transposed: the checkpoint stores them as [..., in, out].
     """
 
     name: str
@@ -32,12 +32,12 @@ class Parameter:
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Of one of the stacked tensors."""
+        """Shape of one of the stacked tensors."""
         return self.shape[1:] if self.experts else self.shape
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Of one tensor in the checkpoint."""
+        """Shape of one tensor in the checkpoint."""
         shape = self.tensor_shape
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
@@ -47,7 +47,7 @@ class Parameter:
 
 
 def declared(config: DecoderConfig, name: str, shape: tuple[int, ...], layers: range | None = None) -> Parameter:
-    """The parameter of a name and a shape, as `Parameter` has them, of the given layers."""
+    """The `Parameter` with this name and shape, for the given layers."""
     mixture = config.experts if ".experts." in name else None
     experts = mixture.count if mixture and not mixture.fused else None
     transposed = name.endswith("_proj.weight") and (mixture.transposed if mixture else config.transposed)

@@ -1,4 +1,4 @@
-"""Bind a model to a device mesh: its modules learn how their weights lie and how activations are cut."""
+"""Bind a model to a device mesh: its modules learn how weights and activations are cut."""
 
 from jax.sharding import Mesh
 
@@ -13,7 +13,7 @@ from jaxft.sharding.mesh import batch_sharding
 
 
 def bind(model: Decoder, mesh: Mesh) -> None:
-    """Tell every weight's module its layout. The arrays are expected to lie that way already."""
+    """Give every module that has a weight its layout. The arrays must already be cut that way."""
     for name, layers, module in modules(model):
         if isinstance(module, Linear | ExpertLinear | Embedding):
             weight = module.weight.get_value()
@@ -24,7 +24,7 @@ def bind(model: Decoder, mesh: Mesh) -> None:
 
 
 def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
-    """Raise ValueError where the mesh shares out experts or heads that the model has not, or not so many."""
+    """Raise ValueError if the model's experts (it may have none) or heads cannot be cut evenly over the mesh."""
     ways, count = mesh.shape["expert"], config.experts.count if config.experts else 0
     if ways > 1 and (count == 0 or count % ways):
         there_are = f"of {count} experts in a layer" if count else "but this model has none; use data or fsdp"

@@ -1,9 +1,9 @@
 """What the backward pass computes again instead of keeping it (rematerialisation, gradient checkpointing).
 
-Between a layer's input and its output lie activations of many times its size. `full` keeps the input only, and runs
-the layer once more when its gradient is wanted. A list of names keeps, besides, what goes by those names: the fewer
-bytes a name takes for the work it saves, the better. With LoRA the down-projected activations are the cheapest of
-all: a rank wide. What is kept may wait in the memory of the host (`offload`), where the platform has such memory.
+A layer's activations take many times the memory of its input. `full` keeps only the input, and runs the layer once more
+for its gradient. A list of names also keeps the activations that have those names: the fewer bytes a name takes for the
+work it saves, the better. With LoRA the down-projected activations are the cheapest of all: one rank wide. Kept
+activations may wait in the memory of the host (`offload`), if the platform has such memory.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,11 @@ SAVES: dict[str, tuple[str, ...]] = {
     "attention_out": ("o_proj",),
     "mlp": ("gate_proj", "up_proj", "gate_up_proj"),
 }
-"""Name of what is kept -> the projections that are then not computed again. `lora` is x Aᵀ of every adapter;
-`attention` the output of the attention and its log-sum-exp; `attention_out` what is added to the residual stream."""
+"""Name of kept activations -> the projections that are then not computed again. `lora` is x Aᵀ of every adapter;
+`attention` is the attention's output and its log-sum-exp; `attention_out` is what is added to the residual stream."""
 
 DOTS: tuple[Name, ...] = ("lora", "qkv", "attention_out", "mlp")
-"""What `dots` keeps: the results of products with weights."""
+"""The names that `dots` keeps: the results of products with weights."""
 
 LAYER_INPUT = "layer_input"
 
@@ -37,7 +37,7 @@ HOST = "pinned_host"
 
 
 def named(x: jax.Array, name: Name) -> jax.Array:
-    """x, which a list of names may keep."""
+    """x under a name by which a policy may keep it."""
     return checkpoint_name(x, name)
 
 
@@ -47,7 +47,7 @@ def kept(remat: Remat) -> tuple[Name, ...]:
 
 
 def check(remat: Remat, offload: bool) -> None:
-    """Raise ValueError for what is no policy."""
+    """Raise ValueError if this is no valid policy."""
     if not isinstance(remat, str) and (unknown := sorted(set(remat) - set(get_args(Name)))):
         raise ValueError(f"remat: nothing is named {', '.join(unknown)}; names are {', '.join(get_args(Name))}")
     if isinstance(remat, str) and remat not in ("none", "full", "dots"):
@@ -60,8 +60,8 @@ def rematerialised(layer: Callable, remat: Remat, offload: bool, scanned: bool) 
     """The layer (h, ...) -> ..., whose backward pass keeps what the policy says.
 
     Args:
-        offload: what is kept, the layer's input with it, waits in the host's memory.
-        scanned: it is the body of a loop, which already keeps the two computations apart.
+        offload: kept activations, and the layer's input, wait in the host's memory.
+        scanned: the layer is the body of a loop, which already keeps computation and recomputation apart.
     """
     check(remat, offload)
     if remat == "none":
@@ -87,5 +87,5 @@ def rematerialised(layer: Callable, remat: Remat, offload: bool, scanned: bool) 
 
 
 def _of_cudnn(primitive: Primitive, *_: object, **__: object) -> bool:
-    """Whether it is cuDNN's attention, whose log-sum-exp stays inside of jax's function, out of reach of names."""
+    """Whether this is cuDNN's attention. Its log-sum-exp stays inside jax's function, so it cannot be named."""
     return primitive.name.startswith("dot_product_attention_fwd")

@@ -1,9 +1,9 @@
-"""Rotary position embedding in halves, as Hugging Face has it, or interleaved, with every context-extension method.
+"""Rotary position embedding, in halves as in Hugging Face or interleaved, with every context-extension method.
 
 Sources: RoFormer (arXiv 2104.09864); position interpolation (2306.15595); dynamic NTK (reddit bloc97, as in
 transformers); YaRN (2309.00071); LongRoPE (2402.13753); Llama 3.1's frequency-dependent scaling.
 
-Axes: B batch, T tokens, N heads, H head_dim, R dimensions that turn.
+Axes: B batch, T tokens, N heads, H head_dim, R rotated dimensions.
 """
 
 import math
@@ -74,7 +74,7 @@ def _llama3(
     high_freq_factor: float,
     original_max_position_embeddings: int,
 ) -> np.ndarray:
-    """Short wavelengths stay, long ones are divided by `factor`, those between are blended."""
+    """Frequencies of short wavelengths stay, those of long ones are divided by `factor`, others are blended."""
     turns = np.float32(original_max_position_embeddings) * plain / np.float32(2 * math.pi)
     blend = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
     return (plain * blend + plain / factor * (1 - blend)).astype(np.float32)

@@ -6,7 +6,7 @@ from typing import Any
 from jaxft.models.config import Rope
 
 _ORIGINAL = "original_max_position_embeddings"
-_ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # those it needs, those it may have
+_ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # required keys, optional keys
     "default": ((), ()),
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
@@ -23,7 +23,7 @@ def parse_rope(parameters: Mapping[str, Any], head_dim: int, max_positions: int,
     """The rotary embedding that `rope_parameters` describe.
 
     Raises:
-        ValueError: a type that is not supported, a parameter that is missing or has no meaning.
+        ValueError: a type that is not supported, or a parameter that is missing or invalid.
     """
     given = {key: value for key, value in parameters.items() if value is not None}
     kind = given.get("rope_type", "default")

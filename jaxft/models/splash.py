@@ -1,9 +1,8 @@
 """Attention by Pallas' splash kernels for TPUs: the scores of a block never leave the core's own memory.
 
-The kernels take causality and windows as a mask known to the compiler, so blocks that it hides are not visited;
-segments they compare inside. Products are rounded as the TPU's default precision does: operands of bfloat16,
-accumulated in float32. float32 operands would be rounded to bfloat16, so they are no case for these kernels
-(`jaxft.models.kernels`).
+The kernels take causality and windows as a mask known to the compiler, so they skip the blocks that it hides. They
+compare segments as they run. Products have the TPU's default precision: bfloat16 operands, accumulated in float32.
+float32 operands would be rounded to bfloat16, so they cannot use these kernels (`jaxft.models.kernels`).
 
 Axes: B batch, T tokens, N query heads, K key-value heads, H head_dim.
 """
@@ -20,7 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxft.models.blockwise import Rule
 
 BLOCKS = (512, 384, 256, 128)
-"""Queries and keys in a block. With 512, scores and what belongs to them take 4 MB of the 16 that a kernel may use."""
+"""Queries, and keys, in a block. With 512, scores and related arrays take 4 of the 16 MB that a kernel may use."""
 
 
 def attend(
@@ -73,7 +72,7 @@ def _by_head(x: jax.Array, padded: int) -> jax.Array:
 def _kernel(
     length: int, block: int, heads: int, window: int | None, softcap: float | None, interpret: bool
 ) -> kernels.SplashAttentionKernel:
-    """The kernel for rows of a length. Its mask is worked out on the host, once, and held as NumPy arrays."""
+    """The kernel for rows of this length. Its mask is computed on the host, once, and held as NumPy arrays."""
     shape = (length, length)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), offset=0)
     with jax.ensure_compile_time_eval():

@@ -1,11 +1,11 @@
-"""Attention on a mesh (DeepSpeed-Ulysses, arXiv 2309.14509): tokens are cut outside of it, heads inside.
+"""Attention on a mesh (DeepSpeed-Ulysses, arXiv 2309.14509): outside attention tokens are cut, inside it heads.
 
 Between layers each device of the axis `context` has some of the tokens of a row. Attention needs whole rows, but
-heads do not need each other: an all-to-all gives each device all tokens of some heads, the kernel runs as on one
-device, and an all-to-all brings the tokens back. All devices have the same work, whatever causality hides.
+heads are independent. An all-to-all gives each device all tokens of some heads, the kernel runs as on one device, and
+an all-to-all brings the tokens back. All devices have the same work, whatever causality hides.
 
-Heads are cut over `tensor` already; the part of each device there is cut further over `context`. Where there are
-fewer key-value heads than parts, each is repeated as often as needed.
+Heads are already cut over `tensor`; each device's part is cut further over `context`. If there are fewer key-value
+heads than parts, each is repeated as often as needed.
 
 Axes: B batch, T tokens, N query heads, K key-value heads, H head_dim.
 """
@@ -22,7 +22,7 @@ from jaxft.sharding.layout import ways
 from jaxft.sharding.mesh import BATCH_AXES, batch_ways
 
 HEADS = ("tensor", "context")
-"""The axes that heads are cut over inside of attention."""
+"""The axes that heads are cut over inside attention."""
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None], jax.Array]
 """(q, k, v, segments, sinks) -> out, for whole rows of some heads."""
@@ -37,14 +37,14 @@ def spread(
     segments: jax.Array | None,
     sinks: jax.Array | None,
 ) -> jax.Array:
-    """What `kernel` gives for q [B, T, N, H], k and v [B, T, K, H]: [B, T, N, H], each device doing its part.
+    """Run `kernel` for q [B, T, N, H], k and v [B, T, K, H], each device on its part: [B, T, N, H].
 
-    N must divide by tensor * context. Rows that do not fill the devices are padded. Where the tokens of a row do not
-    divide by `context`, every device has all of them before and after, too.
+    N must divide by tensor * context. Rows that do not fill the devices are padded. If the tokens of a row do not
+    divide by `context`, every device has all of them outside attention too.
 
     Args:
-        segments: [B, T] int32; each device gets those of its whole rows.
-        sinks: [N]; each device gets those of its heads.
+        segments: [B, T] int32; each device gets the segments of its whole rows.
+        sinks: [N]; each device gets the sinks of its heads.
     """
     count, length = q.shape[:2]
     missing = -count % batch_ways(mesh)

@@ -1,10 +1,10 @@
 """Dynamic fine-tuning (arXiv 2508.05629): each token's loss is weighted by the token's own probability.
 
-The gradient of -log p is that of p over p, so tokens that the model finds unlikely pull the hardest. The weight p takes
-that factor away. No gradient passes through it.
+The gradient of -log p is the gradient of p divided by p, so tokens that the model finds unlikely pull the hardest. The
+weight p cancels that division. No gradient passes through the weight.
 
-A token of probability 0 costs nothing here, so this loss does not say how good a model is. The log has the plain one
-beside it, as `nll`, and held-out examples are judged by that.
+A token of probability 0 adds nothing to this loss, so the loss does not say how good a model is. The log also has the
+plain loss, as `nll`, and held-out examples are judged by the plain loss.
 """
 
 from dataclasses import dataclass

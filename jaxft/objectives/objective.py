@@ -1,8 +1,8 @@
-"""What is learned: a function of how likely the model finds each target token.
+"""Objectives: what a run minimises, as a function of how likely the model finds each target token.
 
-An objective sees the scores of a batch and gives sums. The step divides them once, over all micro-batches and devices,
-so that a mean is one over the whole update. To add an objective, write one like `jaxft.objectives.sft` and name it in
-`jaxft.training.recipe`; what it measures besides the loss appears in the log and in the report under its own name.
+An objective takes the scores of a batch and gives sums. The step divides them once, over all micro-batches and devices,
+so that each mean covers the whole update. To add an objective, write one like `jaxft.objectives.sft` and name it in
+`jaxft.training.recipe`; its other metrics appear in the log and in the report under their own names.
 
 Axes: B rows, T tokens.
 """
@@ -12,11 +12,11 @@ from typing import NamedTuple, Protocol
 import jax
 
 Sum = tuple[jax.Array, jax.Array]
-"""A sum, and how many things it was summed over: two float32 scalars."""
+"""A sum and the number of its terms: two float32 scalars."""
 
 
 class Scores(NamedTuple):
-    """Of each token, how unlikely the model finds the one after it.
+    """For each token, how unlikely the model finds the next token.
 
     Attributes:
         losses: [B, T] float32, negative log-probability of the target; 0 where it is not wanted.
@@ -39,7 +39,7 @@ class Objective(Protocol):
     """A pure function of scores.
 
     Attributes:
-        metrics: the names that its tallies have besides the loss.
+        metrics: the names of the metrics in its tallies, besides the loss.
         held_out: the objective by which held-out examples are judged.
     """
 

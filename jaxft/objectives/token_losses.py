@@ -1,17 +1,16 @@
 """The negative log-probability of every target token, without ever holding the logits.
 
-Objectives are functions of these numbers (`jaxft.objectives.objective`), and their gradients reach the model through
-them: the gradient that arrives for a token scales the token's own.
+Objectives are functions of these losses (`jaxft.objectives.objective`). Their gradients reach the model through them:
+the objective's gradient for a token's loss scales the gradient of that loss.
 
-The vocabulary is to the loss what keys are to attention: rows of the output head are visited in chunks, and of each
-token only a running maximum and a running sum are kept. Where the head is frozen, the gradient of a hidden state is a
-running sum too, of the head's rows weighted by the softmax: one pass, two products, and it is ready when the loss is.
-Where the head is trained, the forward pass leaves two numbers for each token, and the backward pass visits the chunks
-again.
+The loss treats the vocabulary as blockwise attention treats keys: it visits rows of the output head in chunks, and
+keeps only a running maximum and a running sum for each token. If the head is frozen, the gradient of a hidden state is
+a running sum too, of the head's rows weighted by the softmax. So one pass with two products gives loss and gradient. If
+the head is trained, the forward pass saves two numbers for each token, and the backward pass visits the chunks again.
 
-The target stands apart from the others. With `gap` the log-sum-exp of all other logits less the target's, the loss is
-softplus(gap), and sigmoid(gap) is what the target lacks of probability 1. Neither is a difference of close numbers, so
-the gradient of a token that is already learned is right in relation to its own size, in bfloat16 too.
+The target is kept apart from the other tokens. Let `gap` be the log-sum-exp of all other logits minus the target's
+logit. Then the loss is softplus(gap), and sigmoid(gap) is 1 minus the target's probability. Neither is a difference of
+close numbers, so the gradient of a token that is already learned has a small relative error, in bfloat16 too.
 
 Axes: B batch, T tokens, D hidden, V vocabulary; k chunks of C tokens; R rows in a chunk of the vocabulary.
 """
@@ -32,7 +31,7 @@ CHUNK_ROWS = 4096
 of tokens and each token thousands of rows, so that products are bound by arithmetic, not by memory, on any chip."""
 
 LOWEST = -1e30
-"""Below every logit, but finite: a maximum over nothing."""
+"""Below every logit, but finite: the maximum of no logits."""
 
 _BY_TOKEN = P(BATCH_AXES, "context")
 
@@ -53,9 +52,9 @@ def token_losses(
     """Negative log-probability of each target: [B, T] float32, 0 where it is not wanted.
 
     Args:
-        head: what to do with the arrays.
+        head: how to compute logits from the arrays.
         trained: the head's arrays that have gradients; may be empty.
-        frozen: those that have none.
+        frozen: the head's arrays that have none.
         hidden: [B, T, D].
         targets: [B, T] int32; any number where it is not wanted.
         wanted: [B, T] bool.
@@ -95,7 +94,7 @@ _losses.defvjp(_losses_forward, _losses_backward)
 
 
 def _on_devices(function, head: Head, out_specs, trained: Arrays, frozen: Arrays, *by_token: jax.Array):
-    """function(head, trained, frozen, *by_token) on what each device has of the arrays."""
+    """function(head, trained, frozen, *by_token) on each device's shards of the arrays."""
     if head.mesh is None:
         return function(head, trained, frozen, *by_token)
     specs = _specs(head.trained), _specs(head.frozen), *(_BY_TOKEN for _ in by_token)
@@ -108,17 +107,17 @@ def _specs(cuts: tuple[P | None, ...]) -> tuple[P, ...]:
 
 
 class Seen(NamedTuple):
-    """Of each token, what is known after some chunks of the vocabulary; the first three leave its target out."""
+    """The state of each token after some chunks of the vocabulary; the first three fields leave out its target."""
 
-    highest: jax.Array  # [k, C] logit
-    total: jax.Array  # [k, C] of exp(logit - highest)
-    pulled: jax.Array | None  # [k, C, D] of the gradients of the logits, so weighted; None where it is not wanted
+    highest: jax.Array  # [k, C] largest logit
+    total: jax.Array  # [k, C] sum of exp(logit - highest)
+    pulled: jax.Array | None  # [k, C, D] sum of the logits' gradients, with these weights; None if not wanted
     target: jax.Array  # [k, C] logit of the target
-    target_rows: tuple[jax.Array | None, ...]  # [k, C, ...] the head's rows for the target, with `pulled`
+    target_rows: tuple[jax.Array | None, ...]  # [k, C, ...] the head's rows for the target, if `pulled` is wanted
 
 
 def _loss(head, trained, frozen, hidden, targets, wanted):
-    """Of each token [B, T]: its loss, and then log-sum-exp and gap."""
+    """For each token [B, T]: its loss; then its log-sum-exp and gap."""
     seen = _visit(head, trained, frozen, _cut(hidden), _cut(targets), wants_gradient=False)
     gap = _joined(seen.highest + jnp.log(seen.total) - seen.target, targets)
     loss = jax.nn.softplus(gap)
@@ -126,7 +125,7 @@ def _loss(head, trained, frozen, hidden, targets, wanted):
 
 
 def _loss_and_gradient(head, trained, frozen, hidden, targets, wanted):
-    """Of each token its loss [B, T], and the gradient of it [B, T, D] with respect to the token's hidden state."""
+    """For each token: its loss [B, T], and the loss's gradient [B, T, D] with respect to the token's hidden state."""
     h = _cut(hidden)
     seen = _visit(head, trained, frozen, h, _cut(targets), wants_gradient=True)
     gap = seen.highest + jnp.log(seen.total) - seen.target
@@ -139,7 +138,7 @@ def _loss_and_gradient(head, trained, frozen, hidden, targets, wanted):
         h, seen, gap, wanted = chunk
         away = seen.pulled / seen.total[:, None]
         towards = jax.vmap(jax.grad(target_logit, 1))(seen.target_rows, h.astype(jnp.float32))
-        # Where a target is not wanted it may be no token, and have no gradient towards it.
+        # A target that is not wanted may be no valid token, so its gradient has no meaning.
         return jnp.where(wanted[:, None], jax.nn.sigmoid(gap)[:, None] * (away - towards), 0.0).astype(h.dtype)
 
     d_hidden = jax.lax.map(gradient, (h, seen, gap, _cut(wanted)))
@@ -148,7 +147,7 @@ def _loss_and_gradient(head, trained, frozen, hidden, targets, wanted):
 
 
 def _visit(head: Head, trained: Arrays, frozen: Arrays, h: jax.Array, targets: jax.Array, wants_gradient: bool) -> Seen:
-    """All of the vocabulary, for tokens h [k, C, D] with targets [k, C]."""
+    """Visit the whole vocabulary, for tokens h [k, C, D] with targets [k, C]."""
     chunks, cuts = Chunks.of(head, (*trained, *frozen), CHUNK_ROWS), head.trained + head.frozen
 
     def one_chunk_of_rows(seen, j):
@@ -186,7 +185,7 @@ def _visit(head: Head, trained: Arrays, frozen: Arrays, h: jax.Array, targets: j
 
 
 def _picked(targets: tuple, rows: Arrays, at: jax.Array) -> tuple[jax.Array | None, ...]:
-    """The rows that are those of targets, in their places."""
+    """The head's rows for the targets, with those that this chunk holds filled in."""
 
     def pick(target: jax.Array, rows: jax.Array) -> jax.Array:
         here = (at >= 0).reshape(-1, *(1,) * (rows.ndim - 1))
@@ -196,7 +195,7 @@ def _picked(targets: tuple, rows: Arrays, at: jax.Array) -> tuple[jax.Array | No
 
 
 def _over_tensor(seen: Seen) -> Seen:
-    """What the devices along tensor saw, each of its rows, together."""
+    """Combine the states of the devices along tensor, each from its own rows."""
     highest = jax.lax.pmax(seen.highest, "tensor")
     shrink = jnp.exp(seen.highest - highest)
     pulled = None if seen.pulled is None else seen.pulled * shrink[..., None]
@@ -204,7 +203,7 @@ def _over_tensor(seen: Seen) -> Seen:
 
 
 def _gradients(head, trained, frozen, hidden, targets, weights, log_sum, gap):
-    """Those of the trained arrays and of the hidden states [B, T, D]; the logits are computed again."""
+    """Gradients of the trained arrays and of the hidden states [B, T, D]; the logits are computed again."""
     chunks = Chunks.of(head, (*trained, *frozen), CHUNK_ROWS)
     h, *by_token = (_cut(each) for each in (hidden, targets, weights, log_sum, gap))
 

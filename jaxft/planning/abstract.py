@@ -1,4 +1,4 @@
-"""The training step of a run, with shapes and shardings in place of arrays, for devices that need not be there."""
+"""The training step of a run, with shapes and shardings in place of arrays, for devices that need not exist here."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ PyTree = object
 
 
 class AbstractStep:
-    """What `jaxft.training` would jit for this config, model and mesh.
+    """The step that `jaxft.training` would jit for this config, model and mesh.
 
     Attributes:
         model: parameters are `jax.ShapeDtypeStruct`s with the shardings they would have.
@@ -60,7 +60,7 @@ class AbstractStep:
 
 
 def bytes_per_device(tree: PyTree) -> int:
-    """Of arrays or their descriptions, those of one device's shards in its own memory; a 4-bit code is half a byte."""
+    """Bytes of one device's shards in its own memory, for arrays or their descriptions; a 4-bit code is half a byte."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         if leaf.sharding.memory_kind == HOST:

@@ -5,10 +5,10 @@ A step is made of parts, one after the other: the products of the layers, attent
 as long as its products or as its traffic with the memory, whichever is longer, at the rates that programs reach.
 
 Floating point operations are counted from the model, a product of [n, k] and [k, m] as 2 n k m. Per token, for P
-parameters in products with weights: 2 P forward, 2 P for the gradient of the input, 2 P for that of the weight where
-it is trained; what is computed again counts for the hardware, not for the model. So LoRA on a frozen base takes about
-4 P, not 6 P, and 6 P in hardware with `remat: full`. Attention is causal, over rows that hold one example each; packed
-rows take less.
+parameters in products with weights: 2 P forward, 2 P for the gradient of the input, 2 P for the gradient of a
+trained weight. Recomputation counts for the hardware, not for the model. So LoRA on a frozen base takes about 4 P, not
+6 P, and 6 P in hardware with `remat: full`. Attention is causal, over rows that hold one example each; packed rows take
+less.
 """
 
 import math
@@ -26,28 +26,28 @@ from jaxft.quantization.qtensor import QTensor
 from jaxft.sharding.layout import ways
 
 PRODUCTS, MEMORY, NETWORK = 0.7, 0.8, 0.7
-"""What programs reach of the rates on data sheets: of products, of memory, of the network."""
+"""The share of the rates on data sheets that programs reach: of products, of memory, of the network."""
 
 BFLOAT16, FLOAT32 = 2, 4
 
 _SCORE = 2 * FLOAT32 + 2 * BFLOAT16
-"""Bytes moved for a score that is not kept on the chip: written and read, and so its exponential."""
+"""Bytes moved for a score that does not stay on the chip: it is written and read, and so is its exponential."""
 
 HIDDEN_AXES = {"data", "fsdp"}
-"""What is sent along these, the next layer's weights and the gradients, goes on while the chip computes."""
+"""Along these axes devices send the next layer's weights and the gradients, while the chip computes."""
 
 
 class Product(NamedTuple):
-    """A weight's product with every token, of all layers; of experts, those that a token meets.
+    """A weight's products with one token, over all layers of a stack; of experts, only those that the token visits.
 
     Attributes:
-        features_in, features_out: of one of them, times how many a token meets.
-        active: parameters that a token meets.
-        parameters: all of them.
-        stored: bytes of all of it.
-        converted: it is stored otherwise than it is multiplied with.
-        rank: of its adapter; 0: there is none.
-        count: of them: layers, times the experts that a token meets.
+        features_in, features_out: of one product, times `count`.
+        active: parameters that the token uses.
+        parameters: all parameters.
+        stored: bytes of all parameters.
+        converted: the weight is not stored in the dtype of the product.
+        rank: of its adapter; 0 without an adapter.
+        count: products: layers, times the experts that the token visits.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Part(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Of one update. `model_flops` are those of the model, the parts' are also of what is computed again."""
+    """The work of one update. `model_flops` are those of the model; the parts' FLOPs include recomputation."""
 
     model_flops: float
     parts: tuple[Part, ...]
@@ -89,8 +89,8 @@ class Work(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds of an update: of the parts that products bound, of those that memory bounds, and of what is sent, beside
-    them and in their way."""
+    """Seconds of an update: parts that products bound, parts that memory bounds, and collectives, which run beside
+    these parts (hidden) or delay them (exposed)."""
 
     products: float
     memory: float
@@ -116,16 +116,16 @@ class Times(NamedTuple):
 def work(
     model: Decoder, rows: int, length: int, micro_batches: int, full: bool, kernel: Kernel, trained: int = 0
 ) -> Work:
-    """What one update takes.
+    """The work of one update.
 
     Args:
         model: with its adapters, and bound to its mesh.
-        rows: of a micro-batch, over all devices.
+        rows: rows of a micro-batch, over all devices.
         length: tokens of a row.
-        micro_batches: of an update.
+        micro_batches: micro-batches of an update.
         full: every weight is trained, not adapters only.
-        kernel: that computes attention.
-        trained: bytes of what is trained, on one device.
+        kernel: the kernel that computes attention.
+        trained: bytes of the trained arrays, on one device.
     """
     c, mesh, tokens = model.config, model.activations.mesh, rows * length
     met = list(products(model))
@@ -135,11 +135,11 @@ def work(
     attention = 4 * c.num_heads * c.head_dim * pairs
     head = 2 * c.vocab_size * c.hidden_size
 
-    # Of a token: forward, gradients, and what is computed again.
+    # Per token: forward, gradients, and recomputation.
     inside = linear + adapters + linear * (2 if full else 1) + 2 * adapters
     needed = inside + 3 * attention + head * (3 if full else 2)
     keeps_attention = model.remat == "none" or "attention" in kept(model.remat)
-    scores = 3.5 if keeps_attention else 4.5  # the backward pass makes them once more, whatever is kept
+    scores = 3.5 if keeps_attention else 4.5  # the backward pass always computes them once more
     local = tokens / ways(mesh, ("data", "fsdp", "expert", "context"))
     score_bytes = _SCORE * local * pairs * c.num_heads / ways(mesh, "tensor") if kernel == "blockwise" else 0
     of_a_micro_batch = (
@@ -153,7 +153,7 @@ def work(
 
 
 def times(work: Work, collectives: Iterable[Collective], machine: Machine, devices: int, slow: set[str]) -> Times:
-    """How long it takes. `slow` are the axes of the mesh that run between slices or hosts."""
+    """How long the work takes. `slow` are the axes of the mesh that run between slices or hosts."""
     computing = moving = 0.0
     for part in work.parts:
         compute = part.flops / devices / (machine.flops * PRODUCTS)
@@ -174,7 +174,7 @@ def times(work: Work, collectives: Iterable[Collective], machine: Machine, devic
 
 
 def products(model: Decoder) -> Iterable[Product]:
-    """Those inside the layers, each stack of layers as one."""
+    """The products inside the layers, one entry for each weight of a stack of layers."""
     for name, layers, module in modules(model):
         if layers is None or not isinstance(module, Linear | ExpertLinear):
             continue
@@ -190,7 +190,7 @@ def products(model: Decoder) -> Iterable[Product]:
 
 
 def _is_recomputed(product: Product, remat: Remat) -> bool:
-    """Whether the backward pass repeats it. A layer's last product is the next one's input, and never wanted again."""
+    """Whether the backward pass repeats the product; never a layer's last one, which gives the next layer's input."""
     if remat == "none":
         return False
     saved = {"down_proj"}.union(*(SAVES[name] for name in kept(remat)))
@@ -209,7 +209,7 @@ def _recomputed(model: Decoder, met: list[Product]) -> float:
 
 
 def _pairs(length: int, window: int | None) -> float:
-    """Queries and keys that see each other in a row."""
+    """Pairs of a query and a key that it sees, in a row."""
     window = length if window is None else min(window, length)
     return window * (window + 1) / 2 + (length - window) * window
 
@@ -217,9 +217,9 @@ def _pairs(length: int, window: int | None) -> float:
 def _products_memory(model: Decoder, met: list[Product], local: float, full: bool) -> float:
     """Bytes that a device with `local` tokens moves for the products inside the layers, in one micro-batch.
 
-    In every pass a weight is read as it is stored; where it was gathered, it was written first; and where it was
-    converted, written and read once more. Activations are written and read on both sides of a product, and once more
-    between two. Of experts, those count that a token of the device meets.
+    In every pass a weight is read as it is stored. A gathered weight is written first; a converted one is written and
+    read once more. Activations are written and read on both sides of a product, and once more between two products.
+    Only the experts that a token of the device visits count.
     """
     mesh, total = model.activations.mesh, 0.0
     for product in met:
@@ -233,9 +233,9 @@ def _products_memory(model: Decoder, met: list[Product], local: float, full: boo
 
 
 def _head_memory(model: Decoder, local: float, full: bool) -> float:
-    """Bytes that a device moves for the loss: the head, and chunks of logits, once for each time they are made."""
+    """Bytes that a device moves for the loss: the head, and chunks of logits, once for each time they are computed."""
     c, mesh = model.config, model.activations.mesh
     passes = 2 if full else 1
     head = c.vocab_size * c.hidden_size * (2 * FLOAT32 if full else 2 * BFLOAT16)
-    logits = local * c.vocab_size * (2 * FLOAT32 + 2 * BFLOAT16)  # and what the gradient multiplies with
+    logits = local * c.vocab_size * (2 * FLOAT32 + 2 * BFLOAT16)  # and the operand of the gradient's product
     return passes * (head + logits) / ways(mesh, "tensor")

@@ -1,7 +1,7 @@
-"""What a compiled program says of itself: its collectives with how often they run, and its largest buffers.
+"""Read a compiled program: its collectives, how often they run, and its largest buffers.
 
-The text of XLA's optimized modules is read. `cost_analysis` counts the body of a loop once, and NVIDIA's compiler has
-none, while the text names every computation, what calls it, and how often a loop runs.
+This module parses the text of XLA's optimized modules. The text names every computation, what calls it, and how often a
+loop runs. `cost_analysis` counts the body of a loop only once, and NVIDIA's compiler has no such analysis.
 """
 
 import math
@@ -21,7 +21,7 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"(?:calls|body|condition|to_apply|async_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}"
 )
-_NO_BUFFER = {  # what only names, or passes on, a buffer that something else made
+_NO_BUFFER = {  # operations that only name or pass on a buffer of another operation
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "copy-done",
     "optimization-barrier", "after-all", "partition-id", "all-gather-done", "all-reduce-done",
     "collective-permute-done", "async-done", "async-update",
@@ -45,14 +45,14 @@ class Array(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """An array that the program makes, and the operation it makes it for."""
+    """An array that the program makes, and the operation that it belongs to."""
 
     array: Array
     operation: str
 
 
 class Collective(NamedTuple):
-    """What one device sends of one kind over some axes of the mesh, in one run of the program."""
+    """One kind of collective over some axes of the mesh: what one device sends in one run of the program."""
 
     kind: str
     axes: tuple[str, ...]
@@ -157,7 +157,7 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def _trips(loop: Instruction, computations: Mapping[str, Sequence[Instruction]]) -> int:
-    """How often a loop runs: as the compiler says, or by the bound its condition compares with; 1 if data decide."""
+    """How often a loop runs: as the compiler says, or by the bound in its condition; 1 if it depends on data."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]
@@ -170,13 +170,13 @@ def _trips(loop: Instruction, computations: Mapping[str, Sequence[Instruction]])
 
 
 def _operation(instruction: Instruction) -> str:
-    """What it was in the program before it was compiled, or else its own name."""
+    """The operation's name in the program before it was compiled, or else its own name."""
     operation = re.search(r'op_name="([^"]*)"', instruction.rest)
     return operation[1] if operation else instruction.name
 
 
 def _results(collective: Instruction) -> tuple[Array, ...]:
-    """The arrays it gives; what starts an asynchronous one names its operands, too."""
+    """The arrays that a collective gives. The start of an asynchronous one also lists its operands."""
     arrays = collective.arrays
     if collective.opcode.endswith("-start") and collective.opcode != "all-reduce-start":
         arrays = tuple(array for array in arrays if array.shape or array.dtype != "u32")

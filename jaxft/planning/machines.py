@@ -1,7 +1,7 @@
 """Machines by name: what they can do, and devices to compile for that need not exist here.
 
 `v5e:4x4` is a slice of TPUs by its shape, `h100:8` a number of GPUs, `cpu:8` devices of this host. A compiler for
-another machine is a plugin of JAX, installed with an extra; it needs no such machine, and no driver.
+another machine is a plugin of JAX, installed with an extra; it needs neither that machine nor its driver.
 """
 
 import math
@@ -21,7 +21,7 @@ from jax.experimental import topologies
 
 from jaxft.platform import GPU_MEMORY
 
-_LIBTPU = {  # it is to compile, not to look for the TPUs of this host, nor to keep other processes from them
+_LIBTPU = {  # libtpu must only compile: not look for the TPUs of this host, nor block them for other processes
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -43,7 +43,7 @@ class CompilerMissingError(PlanError):
 
 @dataclass(frozen=True)
 class Machine:
-    """What `machines.yaml` says of one device; see there. Bytes and seconds throughout."""
+    """The facts of one device in `machines.yaml`, which explains them. Units are bytes and seconds throughout."""
 
     name: str
     platform: str
@@ -111,7 +111,7 @@ def topology(name: str) -> Topology:
         described = topologies.get_topology_desc(
             platform="cuda", topology_name=kind, target_config=_target(machine), topology=f"1x{hosts}x{count // hosts}"
         )
-    except NotImplementedError as error:  # JAX looked for GPUs and, without a driver, put its compiler aside
+    except NotImplementedError as error:  # JAX looked for GPUs, found no driver and dropped its GPU compiler
         raise PlanError(
             f"{name}: set JAX_PLATFORMS=cpu before JAX starts, as scripts/plan.py does ({error})"
         ) from error
@@ -128,7 +128,7 @@ def _host(shape: Sequence[int]) -> Topology:
     if count > len(there):
         raise PlanError(f"cpu:{count}: JAX has {len(there)} CPU devices here; set JAX_NUM_CPU_DEVICES={count}")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // count
-    # Of the order of two cores of a server: for tests of the planner, not to choose a CPU by.
+    # About two cores of a server: for tests of the planner, not for choosing a CPU.
     return Topology(Machine("cpu", "cpu", memory, 5e11, 2e10, 5e9, 1e9, count), there[:count])
 
 

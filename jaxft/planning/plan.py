@@ -1,4 +1,4 @@
-"""The plan of a run: its step compiled for a machine, and what that says of memory, network and time."""
+"""The plan of a run: its step compiled for a machine, and what that says about memory, network and time."""
 
 import math
 import re
@@ -23,7 +23,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device. `temporaries` are activations and whatever else lives while a step runs."""
+    """Bytes of one device. `temporaries` are activations and all else that exists only while a step runs."""
 
     base: int
     adapters: int
@@ -35,7 +35,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was found; without `program` where the compiler gave up for want of memory."""
+    """The result of planning. `program` is None if the compiler gave up because the step needs too much memory."""
 
     topology: Topology
     config: Config
@@ -88,8 +88,8 @@ def make_plan(config: Config, decoder: DecoderConfig, topology: Topology) -> Pla
     """Compile the config's step for the machine.
 
     Raises:
-        ValueError: the mesh does not fit the devices, or the model; or `offload` is to be planned for a GPU: JAX
-            compiles for absent GPUs as if they had no host.
+        ValueError: the mesh does not fit the devices, or the model; or `offload` is set for a GPU: JAX compiles for
+            absent GPUs as if they had no host.
     """
     if config.offload and topology.machine.platform == "cuda":
         raise ValueError("offload: what goes to the host is not known of GPUs that are not here; plan without it")
@@ -125,7 +125,7 @@ def make_plan(config: Config, decoder: DecoderConfig, topology: Topology) -> Pla
 
 
 def memory_of(step: AbstractStep, compiled: jax.stages.Compiled | None, wanted: int | None = None) -> Memory:
-    """What the compiled step takes, or, where the compiler gave up, the total that it wanted."""
+    """The memory of the compiled step; or, if the compiler gave up, with the total that it wanted."""
     trained = bytes_per_device(step.state.trained)
     optimizer = bytes_per_device(step.state.optimizer)
     full = step.config.adapter == "none"
@@ -142,7 +142,7 @@ def memory_of(step: AbstractStep, compiled: jax.stages.Compiled | None, wanted: 
 
 
 def _total_wanted(error: jax.errors.JaxRuntimeError) -> int:
-    """Bytes that a program needs, from the compiler's refusal; any other error goes on."""
+    """Bytes that a program needs, from the compiler's refusal; any other error is raised again."""
     text = str(error)
     found = re.search(r"Used ([\d.]+)([GMK]) of", text) or re.search(r"\(([\d.]+)([GMK])\) exceeds", text)
     if "RESOURCE_EXHAUSTED" not in text or found is None:
@@ -151,7 +151,7 @@ def _total_wanted(error: jax.errors.JaxRuntimeError) -> int:
 
 
 def slow_axes(mesh: jax.sharding.Mesh, topology: Topology) -> set[str]:
-    """Axes along which devices of different slices of TPUs, or of different hosts with GPUs, meet."""
+    """Mesh axes that join different TPU slices, or different hosts with GPUs."""
     part = "process_index" if topology.machine.platform == "cuda" else "slice_index"
     where = np.vectorize(lambda device: getattr(device, part, 0), otypes=[int])(mesh.devices)
     return {name for axis, name in enumerate(mesh.axis_names) if (np.diff(where, axis=axis) != 0).any()}

@@ -55,7 +55,7 @@ def describe(plan: Plan) -> str:
 
 
 def prompts_of(config: Config) -> int:
-    """How many held-out prompts base and tuned model answer, at most."""
+    """The most held-out prompts that base and tuned model answer."""
     held_out = config.eval_datasets or config.val_set_size
     return max(config.sample_prompts, config.exact_match_samples) if held_out else 0
 

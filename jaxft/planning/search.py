@@ -1,10 +1,10 @@
-"""Which mesh, micro batch and remat give a run the most tokens per second on a machine, of those that fit.
+"""Find the mesh, micro-batch and remat that give a run the most tokens per second, among those that fit a machine.
 
-An update keeps its rows, so that the run learns the same: where micro-batches grow, there are fewer of them, and a
-mesh that cuts rows into more parts than there are is no candidate.
+The number of rows in an update stays the same, so that the run learns the same. So larger micro-batches mean fewer of
+them, and a mesh that cuts rows into more parts than there are rows is no candidate.
 
 All candidates are ranked by an estimate that needs no compiler (the roofline of `cost`, with the collectives that the
-mesh implies). Then the best are compiled in turn. One that does not fit rules out larger micro batches of its kind.
+mesh implies). Then the best are compiled in turn. One that does not fit rules out candidates at least as large.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,10 +23,10 @@ from jaxft.planning.plan import Plan, make_plan, slow_axes
 from jaxft.sharding.mesh import batch_ways, make_mesh
 
 LONG = 32768
-"""Rows of so many tokens may be cut over the mesh axis `context`."""
+"""Rows of at least this many tokens may be cut over the mesh axis `context`."""
 
 MOST_TOKENS = 65536
-"""In the micro batch of one device; more does not make products any faster."""
+"""Most tokens in the micro-batch of one device; more would not make products faster."""
 
 REMATS: tuple[str | list[str], ...] = (
     "full",
@@ -36,11 +36,11 @@ REMATS: tuple[str | list[str], ...] = (
     ["attention", "lora", "qkv", "attention_out", "mlp"],
     "none",
 )
-"""From least to most memory. What `lora` keeps costs next to nothing."""
+"""From least to most memory. `lora` takes almost none."""
 
 
 class Candidate(NamedTuple):
-    """A config to try, and what is estimated of it."""
+    """A config to try, and its estimated speed."""
 
     config: Config
     tokens_per_second: float
@@ -48,7 +48,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Search:
-    """What was compiled, in that order; `best` is None where nothing fits."""
+    """The plans that were compiled, in order; `best` is None if nothing fits."""
 
     tried: list[Plan]
 
@@ -71,12 +71,12 @@ def search(
     wanted: int = 3,
     say: Callable[[Plan], None] = lambda plan: None,
 ) -> Search:
-    """Compile the most promising candidates until `wanted` of them fit or `compilations` were tried; then, where none
-    fits, what takes the least memory.
+    """Compile the most promising candidates until `wanted` of them fit or `compilations` were tried. If none fits, also
+    compile the candidate that takes the least memory.
 
     Args:
-        config: its mesh, micro batch and accumulation say how many rows an update has.
-        say: is told of every candidate that was compiled.
+        config: its mesh, micro-batch and accumulation define the number of rows in an update.
+        say: is called with each plan that was compiled.
 
     Raises:
         ValueError: the config's mesh does not fit the devices.
@@ -103,7 +103,7 @@ def search(
 
 
 def ranked(config: Config, decoder: DecoderConfig, topology: Topology) -> list[Candidate]:
-    """Candidates whose weights and least activations fit, the fastest by estimate first; of equals the smallest."""
+    """Candidates whose weights and least activations fit, fastest by estimate first; of equals, smallest first."""
     found: list[Candidate] = []
     rows, machine = rows_of(config, topology), topology.machine
     for sizes in meshes(config, decoder, len(topology.devices), machine.host):
@@ -133,7 +133,7 @@ def ranked(config: Config, decoder: DecoderConfig, topology: Topology) -> list[C
 
 
 def rows_of(config: Config, topology: Topology) -> int:
-    """Rows of an update, as the config is.
+    """The number of rows in an update of this config.
 
     Raises:
         ValueError: its mesh does not fit the devices.
@@ -143,7 +143,7 @@ def rows_of(config: Config, topology: Topology) -> int:
 
 
 def _arranged(config: Config, sizes: dict[str, int], micro: int, remat: Remat | list[str], rows: int) -> Config:
-    """The config on another mesh, with other micro-batches; an update has so many rows, or one on each device."""
+    """The config on another mesh, with other micro-batches. An update has `rows` rows, at least one micro-batch."""
     mesh = type(config.mesh)(**{"data": 1} | sizes)
     together = micro * mesh.data * mesh.fsdp * mesh.expert
     update = {
@@ -156,7 +156,7 @@ def _arranged(config: Config, sizes: dict[str, int], micro: int, remat: Remat | 
 
 
 def meshes(config: Config, decoder: DecoderConfig, devices: int, host: int) -> Iterator[dict[str, int]]:
-    """Sensible ways to arrange so many devices for this model."""
+    """Sensible meshes of this many devices for this model."""
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
     for tensor in divisors:
         if tensor > host or decoder.num_kv_heads % tensor:
@@ -175,7 +175,7 @@ def meshes(config: Config, decoder: DecoderConfig, devices: int, host: int) -> I
 
 
 def least_activations(model: Decoder, local: float) -> float:
-    """Bytes that activations take at least: what remat keeps of every layer, and a layer at work.
+    """The least bytes of activations: what remat keeps of every layer, and all of the layer that is running.
 
     Args:
         local: tokens of a device.
@@ -199,15 +199,15 @@ def least_activations(model: Decoder, local: float) -> float:
 
 
 def _micro_batches(rows: int, length: int) -> Iterator[int]:
-    """Into which sizes the rows that a device group has of an update can be cut."""
+    """Sizes of micro-batch into which a data-parallel group can cut its `rows` of an update."""
     for micro in range(1, rows + 1):
         if rows % micro == 0 and (micro == 1 or micro * length <= MOST_TOKENS):
             yield micro
 
 
 def _collectives(step: AbstractStep, local: float) -> Iterator[Collective]:
-    """What the mesh makes devices send in one micro-batch of `local` tokens each, roughly: bfloat16 activations,
-    weights as they are stored."""
+    """Roughly what each device sends in one micro-batch of `local` tokens: bfloat16 activations, and weights in their
+    stored form."""
     c, mesh = step.model.config, step.mesh.shape
     names = SAVES.keys() if step.model.remat == "none" else kept(step.model.remat)
     activations = len(c.layers) * local * c.hidden_size * 2
@@ -215,12 +215,12 @@ def _collectives(step: AbstractStep, local: float) -> Iterator[Collective]:
     def sent(kind: str, axis: str, bytes: float) -> Collective:
         return Collective(kind, (axis,), "", 0, int(bytes * (mesh[axis] - 1) / mesh[axis]))
 
-    # What is computed again and its gradient share one gathering. What is trained is gathered in half of its float32.
+    # Recomputation and gradient share one gather. Trained weights are gathered in half of their float32 bytes.
     frozen, trained = bytes_per_device(step.frozen), bytes_per_device(step.state.trained)
     yield sent("all-gather", "fsdp", (2 * frozen + trained) * mesh["fsdp"])
     yield sent("reduce-scatter", "fsdp", trained * mesh["fsdp"])
     yield sent("all-reduce", "data", 2 * trained)
-    # Of two sums, of attention and feed-forward, forward and backward, the first may be made again.
+    # Attention and feed-forward have a sum each, forward and backward; recomputation may repeat that of attention.
     yield sent("all-reduce", "tensor", 2 * (4 if "attention_out" in names else 5) * activations)
     yield sent("all-to-all", "context", (8 if "attention" in names else 12) * activations)
     if c.experts:
@@ -228,6 +228,6 @@ def _collectives(step: AbstractStep, local: float) -> Iterator[Collective]:
 
 
 def _at_least_as_large(config: Config, than: Config) -> bool:
-    """Whether it takes no less memory: the same mesh, and neither a smaller micro batch nor a remat that keeps less."""
+    """Whether `config` takes at least the memory of `than`: same mesh, micro-batch no smaller, remat keeps no less."""
     keeps_less = REMATS.index(config.remat) < REMATS.index(than.remat)
     return config.mesh == than.mesh and config.micro_batch_size >= than.micro_batch_size and not keeps_less

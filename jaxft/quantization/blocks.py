@@ -28,7 +28,7 @@ def absmax(x: jax.Array, size: int) -> jax.Array:
 
 
 def reciprocal(scales: jax.Array) -> jax.Array:
-    """1 / absmax, finite for blocks of zeros. Below the normal numbers devices disagree on zero: clamped."""
+    """1 / absmax, finite for blocks of zeros. Clamped, because devices disagree on whether subnormals are zero."""
     return 1 / jnp.maximum(scales, SMALLEST_NORMAL)
 
 

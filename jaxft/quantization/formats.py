@@ -10,7 +10,7 @@ def parse_format(name: str, *, double_quant: bool = False, group_size: int | Non
 
     Args:
       double_quant: store the scales in 8 bits; nf4 only.
-      group_size: columns that share a scale; int4 only, 64 unless told.
+      group_size: columns that share a scale; int4 only, 64 by default.
 
     Raises:
       ValueError: an unknown name, or an option that the format does not have.

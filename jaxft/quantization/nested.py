@@ -1,11 +1,11 @@
 """Scales in eight bits: the second quantization of QLoRA's "double quantization".
 
-The absmax values of one weight matrix, less their mean, are cut row-major into blocks of 256; each value
-divided by the absmax of its block is rounded to the nearest of the 256 values of the dynamic map. All is done
-in the order and the roundings of bitsandbytes, so that equal weights give equal bits:
+The absmax values of one weight matrix, minus their mean, are cut row-major into blocks of 256; each value
+divided by the absmax of its block is rounded to the nearest of the 256 values of the dynamic map. Order and
+rounding are those of bitsandbytes, so that equal weights give equal bits:
 
 * the mean adds up as torch does on one x86 thread (`_mean`). From 32768 blocks on (2M weights) torch splits
-  the sum among its threads, a GPU adds in an order of its own, and both then differ by an ulp or two; the
+  the sum among its threads, a GPU adds in its own order, and both then differ by an ulp or two; the
   offset is stored, so a different mean costs no accuracy.
 * nearest is decided at the midpoints, as the CUDA kernel and the pure torch operation do. The C++ kernel for
   CPU rounds through a table of 65536 bins instead, which gives a few values in a thousand another code.
@@ -79,7 +79,7 @@ def _mean(x: jax.Array) -> jax.Array:
     columns = _cascade(table.reshape(*x.shape[:-1], rows, 4, lanes))
     vector = _fold(jnp.concatenate([columns[..., :1, :], extra, columns[..., 1:, :]], axis=-2), -2)
     total = _fold(jnp.concatenate([scalars, vector], axis=-1), -1)
-    # By a divisor it can see XLA multiplies with the reciprocal, which rounds twice.
+    # If XLA saw the divisor, it would multiply with the reciprocal, which rounds twice.
     return total / jnp.where(jnp.isnan(total), total, float(n))
 
 

@@ -1,9 +1,9 @@
 """4-bit NormalFloat: sixteen levels at the quantiles of a normal distribution, one scale to 64 columns.
 
 The format of QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3; levels in appendix E).
-Where rows are whole blocks, codes and scales equal those of bitsandbytes bit for bit. For other widths
-bitsandbytes lets blocks run on from one row into the next; here each row ends in a short block of its own,
-so that rows can be sharded. That costs at most one more scale to a row.
+If rows are whole blocks, codes and scales equal those of bitsandbytes bit for bit. For other widths
+bitsandbytes lets blocks run on from one row into the next. Here each row ends in its own short block, so that
+rows can be sharded. That costs at most one more scale for each row.
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 Codes keep the shape of the weight they stand for, `[..., out, in]`, whatever their width: leading axes are
 stacks (layers, experts), so `lax.scan` and `vmap` slice a stack of quantized weights as they slice arrays,
-and a rule over the weight's axes is a rule over the codes' axes. Scales belong to blocks along `in`. What the
-codes mean is the business of the static `format`; see `integer` and `nf4`.
+and a rule over the weight's axes is a rule over the codes' axes. Scales belong to blocks along `in`. The static
+`format` defines what the codes mean; see `integer` and `nf4`.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Format(Protocol):
         ...
 
     def encode(self, w: jax.Array) -> "QTensor":
-        """Floating point `[..., out, in]` to codes and scales, computed in f32; each matrix on its own."""
+        """Floating point `[..., out, in]` to codes and scales, computed in f32; each matrix separately."""
         ...
 
     def decode(self, q: "QTensor") -> jax.Array:
@@ -44,7 +44,7 @@ class QTensor:
                      `format.block_in`; n = 1 where a row is one block. f32, or uint8 codes when nested.
       nested_absmax  None, or f32 `[..., ceil(out * n / 256)]`: the scales of the scales, over the flattened
                      scales of each matrix.
-      nested_offset  None, or f32 `[...]`: the mean of each matrix' scales. None just when nested_absmax is.
+      nested_offset  None, or f32 `[...]`: the mean of each matrix's scales. None exactly when nested_absmax is.
     Every leaf has the leading axes of the weight, so slicing a stack slices all leaves alike.
     """
 
@@ -75,9 +75,8 @@ class QTensor:
     def specs(self, spec: PartitionSpec, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> "QTensor":
         """The `PartitionSpec` of each leaf when the logical weight is sharded by `spec` over `mesh`.
 
-        Codes take `spec` as it is. Scales take it too, except along `in` where the shards would not hold
-        whole blocks: there every device has the scales of the whole row. What is nested follows the stack
-        axes alone.
+        Codes take `spec` unchanged. Scales take it too. But if shards along `in` would not hold whole blocks,
+        every device has the scales of the whole row. Nested scales follow the stack axes alone.
         """
         *stack, out, inner = (*spec, *[None] * (self.ndim - len(spec)))
         names = () if inner is None else (inner,) if isinstance(inner, str) else inner
@@ -95,7 +94,7 @@ class QTensor:
 def quantize(w: jax.Array, format: Format) -> QTensor:
     """Quantizes a weight, or a stack of weights, `[..., out, in]` of f32, bf16 or f16.
 
-    Pure and jittable with `format` static. A stack gives exactly the stack of each matrix' result.
+    Pure and jittable with `format` static. The result for a stack is exactly the stack of the matrices' results.
 
     Raises:
       ValueError: `w` has fewer than two axes or is not floating point.

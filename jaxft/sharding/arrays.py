@@ -1,7 +1,7 @@
-"""Arrays that lie on the devices of several processes: made from what each of them has, and read by all.
+"""Arrays on the devices of several processes: make them from each process's part, and read them on every process.
 
-A process sees the parts on its own devices only. What is not here must be computed by all processes together, in the
-same order of calls. With one process these are the plain ways to place and to read an array.
+A process sees only the parts on its own devices. To read the rest, all processes must compute together, with the same
+calls in the same order. With one process these functions simply place and read an array.
 """
 
 import functools
@@ -20,7 +20,7 @@ Batch = TypeVar("Batch")
 
 
 def any_process(flags: Sequence[bool], mesh: Mesh) -> list[bool]:
-    """Each flag, raised if any process raised it. On the way through the devices, at the pace of the steps."""
+    """Each flag, true if it is true in any process. It is computed on the devices, in order with the steps."""
     if hosts.count() == 1:
         return list(flags)
     sharding = NamedSharding(mesh, P(mesh.axis_names))
@@ -35,7 +35,7 @@ def _any(raised: jax.Array) -> jax.Array:
 
 
 def on_host(array: jax.Array) -> np.ndarray:
-    """An array as the host reads it. What is cut over hosts is gathered by all of them, together."""
+    """The array in host memory. If it is sharded over hosts, all of them must call this to gather it together."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(_gather(array.sharding.mesh)(array))
@@ -47,17 +47,17 @@ def _gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
 
 
 def place(array: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array cut as the sharding says, that every process has whole or that they hold together."""
+    """The array with this sharding. Either every process has all of it, or the processes hold it together."""
     together = isinstance(array, jax.Array) and not array.is_fully_addressable
     if together or sharding.is_fully_addressable:
-        return jax.device_put(array, sharding)  # where each has it whole, this would send it around to compare
+        return jax.device_put(array, sharding)  # if each process had all of it, this would send it around to compare
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 @functools.cache
 def rows_here(mesh: Mesh, count: int) -> tuple[int, ...]:
-    """Which of `count` rows of a batch devices of this process hold."""
+    """The rows of a batch of `count` rows that the devices of this process hold."""
     cuts = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((count,)).values()
     return tuple(sorted({row for (cut,) in cuts for row in range(*cut.indices(count))}))
 
@@ -68,7 +68,7 @@ def place_rows(batch: Batch, mesh: Mesh, count: int, leading: int = 0) -> Batch:
     Args:
         batch: arrays [..., rows, T] with the rows of `rows_here`, in their order.
         count: rows of all processes together.
-        leading: how many axes stand before the rows.
+        leading: number of axes before the rows.
     """
     sharding = batch_sharding(mesh, leading)
     if sharding.is_fully_addressable:

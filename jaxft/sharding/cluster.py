@@ -1,8 +1,8 @@
-"""Whether this process is one of several, and which.
+"""Find out whether this process is one of several, and which one.
 
-The environment says so where the processes were started: JAX_COORDINATOR_ADDRESS (host:port of process 0),
-JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what JAX understands of SLURM, Open MPI, Cloud TPU and Kubernetes. Nothing is
-started and nobody is waited for before it is clear that there is more than one process.
+The environment says so: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what
+JAX understands of SLURM, Open MPI, Cloud TPU and Kubernetes. Nothing is started, and no process is waited for, before
+it is clear that there is more than one process.
 """
 
 import logging
@@ -28,17 +28,17 @@ class Place(NamedTuple):
     coordinator_address: str
     num_processes: int
     process_id: int
-    local_device_ids: list[int] | None  # None: what JAX_LOCAL_DEVICE_IDS says, else all that the host has
+    local_device_ids: list[int] | None  # None: those in JAX_LOCAL_DEVICE_IDS, else all of the host
 
 
 def find() -> Place | None:
-    """The place of this process; None where it is the only one.
+    """The place of this process; None if it is the only one.
 
-    What is set in the environment wins over what is detected. JAX_NUM_PROCESSES=1 is a process that is on its own
-    whatever there is around it.
+    The JAX_* variables take precedence over a detected cluster. JAX_NUM_PROCESSES=1 means a process on its own, even
+    inside a cluster.
 
     Raises:
-        ValueError: the variables do not make sense, or a cluster does not say what is needed.
+        ValueError: the variables do not make sense, or a cluster does not give the facts that are needed.
     """
     env = os.environ
     count, index = _integer(env, COUNT), _integer(env, INDEX)
@@ -68,7 +68,7 @@ def find() -> Place | None:
 
 
 def _nowhere(env: Environment) -> None:
-    """No cluster: then nothing may say that there are other processes."""
+    """No cluster is detected: raise ValueError if a variable still says that there are other processes."""
     given = [name for name in (ADDRESS, COUNT, INDEX) if env.get(name)]
     if env.get("OMPI_COMM_WORLD_SIZE", "1") != "1":  # since version 5 Open MPI does not tell where process 0 is
         given.append("OMPI_COMM_WORLD_SIZE")
@@ -83,7 +83,7 @@ def _nowhere(env: Environment) -> None:
 def _detected(env: Environment) -> type | None:
     """The cluster that JAX would choose.
 
-    It would ask Kubernetes in any pod; only the pods of an indexed job have a number.
+    JAX would ask Kubernetes in any pod, but only the pods of an indexed job have a number.
     """
     known = clusters()
     for kind in known.kinds:
@@ -92,7 +92,7 @@ def _detected(env: Environment) -> type | None:
         try:
             if kind.is_env_present():
                 return kind
-        except OSError as error:  # a TPU in a place that has no metadata server
+        except OSError as error:  # a TPU without a metadata server
             logger.warning(
                 "%s: no metadata server (%s), so this process is taken to be on its own; else set %s, %s and %s",
                 *(kind.__name__, type(error).__name__, ADDRESS, COUNT, INDEX),
@@ -101,9 +101,9 @@ def _detected(env: Environment) -> type | None:
 
 
 def _processes_on_host(env: Environment) -> int | None:
-    """How many processes SLURM or Open MPI started on this host; None: they do not say.
+    """How many processes SLURM or Open MPI started on this host; None if they do not say.
 
-    JAX takes for granted that each process has one GPU. One on each host has them all.
+    JAX assumes that each process has one GPU. But a process that is alone on its host has them all.
     """
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in env:
         return int(env["OMPI_COMM_WORLD_LOCAL_SIZE"])

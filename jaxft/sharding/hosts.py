@@ -1,13 +1,13 @@
 """Several processes as one run: what they agree on, and how they end together.
 
 Every process runs the same program on the devices of its own host. Process 0 is the writer: it alone prints, logs and
-writes files, but for the checkpoints, of which each process writes the arrays that it holds.
+writes files. Only checkpoints are written by all processes: each writes the arrays that it holds.
 
-What is computed goes through the devices, in collectives, which wait for ever for a process that does not come. What
-is said here goes through JAX's coordination service, which process 0 hosts, and waits with a limit. Nobody waits for a
-process that is gone: one that fails says so, and the others, who look every second, print its message and end with its
-exit code; one that was killed misses its heartbeats, and JAX ends the others. Each says every second that it is alive,
-so that the others can name the one that was killed.
+Computations use collectives on the devices, which wait for ever for a missing process. The messages of this module use
+JAX's coordination service, which process 0 hosts, and wait with a time limit. No process waits for one that is gone. A
+process that fails says so; the others check every second, print its message and end with its exit code. A process that
+was killed misses its heartbeats, and JAX ends the others. Each process says every second that it is alive, so that the
+others can name the one that was killed.
 """
 
 import functools
@@ -31,33 +31,33 @@ from jaxft.sharding.cluster import CONNECT_SECONDS, find
 from jaxft.sharding.jax_internals import service
 
 PATIENCE = 6 * 3600
-"""Seconds that processes wait for one that is alive: it may be writing a large model."""
+"""Seconds that processes wait for a process that is alive: it may be writing a large model."""
 HEARTBEAT_SECONDS = int(os.environ.get("JAXFT_HEARTBEAT_SECONDS", "60"))
-"""A process that has not been heard of for so long is dead, and the run ends."""
+"""A process that is silent for this long is dead, and the run ends."""
 NOTICE_SECONDS = 30
-"""After so long a process says that it waits for the others to start."""
+"""A process that waits this long for the others to start says so."""
 FAREWELL_SECONDS = 10
-"""Within these a failure has reached all processes."""
+"""A failure reaches all processes within this time."""
 GONE_SECONDS = 3
-"""A process that says nothing for so long, after what was computed together failed, is what made it fail."""
+"""After a collective failed, a process that stays silent for this long is the cause."""
 SHARED_SECONDS = 60
-"""Within these a file that one host writes is seen by the others, on a file system that they share."""
+"""On a shared file system, hosts see a file that another host wrote within this time."""
 
 _LISTED = 5
 _FAILED, _LEAVES, _ALIVE = "jaxft/failed/", "jaxft/leaves/", "jaxft/alive/"
 
 _COLLECTIVE = re.compile(r"gloo|nccl|collective|connection (closed|reset|refused)|socket", re.IGNORECASE)
-"""Words of an error of what processes compute together; JAX raises it as a ValueError, too."""
+"""Words in the error of a failed collective, which JAX may also raise as a ValueError."""
 
 T = TypeVar("T")
 
 
 class HostsError(ValueError):
-    """The processes of a run are not of one mind."""
+    """The processes of a run disagree, or one of them did not answer in time."""
 
 
 def join() -> None:
-    """Become one of several processes where this is one (see `cluster.find`). Before JAX touches a device.
+    """Join the other processes of the run, if there are any (see `cluster.find`). Call it before JAX touches a device.
 
     Raises:
         ValueError: the others cannot be reached, or JAX has touched a device.
@@ -70,7 +70,7 @@ def join() -> None:
         me = f"process {here.process_id} of {here.num_processes}"
         waits = f"{me} waits for the others at {here.coordinator_address}, {CONNECT_SECONDS} seconds at most"
         notice = threading.Timer(NOTICE_SECONDS, print, [waits], {"file": sys.stderr, "flush": True})
-        notice.start()  # JAX ends a process that waited in vain, and does not say for what
+        notice.start()  # JAX ends a process that waited in vain, without saying what it waited for
         try:
             jax.distributed.initialize(
                 *here,
@@ -89,12 +89,12 @@ def join() -> None:
 
 
 def count() -> int:
-    """Processes of the run."""
+    """Number of processes in the run."""
     return service().num_processes
 
 
 def index() -> int:
-    """Which of them this is, from 0."""
+    """Number of this process, from 0."""
     return service().process_id
 
 
@@ -107,14 +107,14 @@ def name() -> str:
     return f"process {index()} of {count()} ({socket.gethostname()})"
 
 
-# What is said
+# Messages
 
 
 def exchange(value: Any) -> list[Any]:
-    """What every process says, as JSON, in their order. All of them call it, in the same order of calls.
+    """The values of all processes, as JSON, in process order. All processes must make the same calls in the same order.
 
     Raises:
-        HostsError: a process did not come in time.
+        HostsError: a process did not answer in time.
     """
     if count() == 1:
         return [value]
@@ -129,7 +129,7 @@ def exchange(value: Any) -> list[Any]:
 
 
 def share(make: Callable[[], T]) -> T:
-    """What the writer makes, for all; it must be JSON."""
+    """The value that the writer makes, on every process; it must be JSON."""
     return exchange(make() if is_writer() else None)[0]
 
 
@@ -139,10 +139,10 @@ def barrier() -> None:
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Make sure that all processes know the same.
+    """Make sure that all processes have the same facts.
 
     Raises:
-        HostsError: they do not; says which processes, and what differs.
+        HostsError: they do not; the message says which processes, and what differs.
     """
     if count() == 1:
         return
@@ -165,7 +165,7 @@ def require_shared(directory: Path) -> None:
     """Make sure that all processes see the same directory.
 
     Raises:
-        HostsError: says which do not.
+        HostsError: some do not; the message names them.
     """
     if count() == 1:
         return
@@ -186,24 +186,24 @@ def require_shared(directory: Path) -> None:
         )
 
 
-# How it ends
+# The end of a run
 
 
 @contextmanager
 def together(*expected: type[BaseException]) -> Iterator[None]:
-    """Join the run, and if this process fails inside, let the others know. `expected` befalls all of them."""
+    """Join the run; if this process fails inside, tell the others. Errors in `expected` happen in all processes."""
     join()
     try:
         yield
     except expected:
         raise
     except BaseException as error:
-        fail(f"{type(error).__name__}: {error}")  # while this one may go on, without them
+        fail(f"{type(error).__name__}: {error}")  # the others end, even if this process goes on
         raise
 
 
 def part() -> None:
-    """The run is done: wait for the others, then leave them."""
+    """The run is done: wait for the others, then disconnect."""
     if count() == 1 or service().client is None:
         return
     barrier()
@@ -220,9 +220,10 @@ def fail(message: str, code: int = 1) -> None:
 
 
 def gone(error: Exception) -> str:
-    """The names of the processes by whose end this error came about; empty where it did not.
+    """The names of the processes whose end caused this error; empty if it has another cause.
 
-    They show no sign of life for `GONE_SECONDS`, and did not say that they fail. Nobody waits for them any more.
+    Such a process gave no sign of life for `GONE_SECONDS` and did not say that it failed. No process waits for it any
+    more.
     """
     together = isinstance(error, jax.errors.JaxRuntimeError) or _COLLECTIVE.search(str(error))
     if count() == 1 or service().client is None or not together:
@@ -233,19 +234,19 @@ def gone(error: Exception) -> str:
         after = _signs()
         spoke = {key.removeprefix(at) for at in (_FAILED, _LEAVES) for key, _ in _client().key_value_dir_get(at)}
     except jax.errors.JaxRuntimeError:
-        return "process 0"  # with which the service went
+        return "process 0"  # it hosted the service, which does not answer
     silent = {int(other) for other, sign in after.items() if before.get(other) == sign and other not in spoke}
     _gone.update(silent - {index()})
     return ", ".join(json.loads(after[str(other)])[0] for other in sorted(_gone))
 
 
 def _signs() -> dict[str, str]:
-    """What each process said last of being alive, by its index."""
+    """The last sign of life of each process, by its index."""
     return {key.removeprefix(_ALIVE): sign for key, sign in _client().key_value_dir_get(_ALIVE)}
 
 
 def _farewell(failure: str | None) -> None:
-    """Let process 0 know, with which the service ends; it leaves when all others have left."""
+    """Say that this process leaves, and why if it failed. Process 0 leaves last, because the service ends with it."""
     client, others = _client(), {*range(count())} - {0} - _gone
     deadline = time.monotonic() + FAREWELL_SECONDS
 
@@ -273,7 +274,7 @@ _gone: set[int] = set()
 
 @functools.cache
 def _watch() -> None:
-    """Look, from now on and beside everything else, whether another process failed."""
+    """From now on, check in a thread whether another process failed."""
     threading.Thread(target=_look, name="jaxft-hosts", daemon=True).start()
 
 
@@ -293,7 +294,7 @@ def _look() -> None:
             if lost == 3 and not _leaving.is_set():
                 _end(f"{name()} ends: process 0 does not answer ({_first_line(error)})", 1)
             continue
-        if failures and not _leaving.wait(1.0):  # it may be about to fail by itself, of the same cause
+        if failures and not _leaving.wait(1.0):  # this process may be about to fail from the same cause
             other, message, code = json.loads(failures[0][1])
             _leaving.set()
             _farewell(None)
@@ -301,7 +302,7 @@ def _look() -> None:
 
 
 class _Heard:
-    """Which processes process 0 has not heard of for long: it says so once, before JAX ends the run for it."""
+    """Reports, once, each process that process 0 has not heard from for long, before JAX ends the run."""
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[str, float]] = {}

@@ -1,7 +1,7 @@
-"""What is used of JAX that has no public name: all of it, so that a new version breaks one module and says so.
+"""All uses of JAX's private parts, in one module, so that a new version of JAX breaks this module only and says so.
 
-Each function is tried in the tests by what it is for. Where JAX has something no longer, the error names the versions
-that are known to have it.
+The tests check that each function serves its purpose. If JAX no longer has a part, the error names the version that is
+known to have it.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ DISCOVERY_LOG = "jax._src.xla_bridge"
 
 
 class JaxInternalsError(ValueError):
-    """This version of JAX lacks something that jaxft uses of its inside."""
+    """This version of JAX lacks a private part that jaxft uses."""
 
     def __init__(self, what: str, error: Exception):
         super().__init__(
@@ -28,7 +28,7 @@ class JaxInternalsError(ValueError):
 
 
 class Service(NamedTuple):
-    """This process among those of a run. `client` speaks to the coordination service; None while there is none."""
+    """This process among those of a run. `client` speaks to the coordination service; None if there is no service."""
 
     client: Any
     process_id: int
@@ -53,7 +53,7 @@ class Clusters(NamedTuple):
 
 
 def clusters() -> Clusters:
-    """`jax.distributed.initialize` asks them, too, but only to begin at once."""
+    """The clusters that JAX knows. `jax.distributed.initialize` asks them too, but then starts at once."""
     try:
         from jax._src import clusters
 
@@ -64,7 +64,7 @@ def clusters() -> Clusters:
 
 
 def declared(array: jax.Array, shape: tuple[int, ...], dtype: jax.numpy.dtype) -> jax.Array:
-    """The same buffers as an array of another shape and dtype, unchecked: JAX takes our word for it."""
+    """The same buffers as an array of another shape and dtype. JAX does not check that they fit."""
     try:
         aval = jax.core.ShapedArray(shape, dtype)
         buffers = [shard.data for shard in array.addressable_shards]

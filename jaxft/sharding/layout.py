@@ -1,9 +1,9 @@
-"""Where each weight lies on the mesh, by rules over parameter names.
+"""How each weight is cut over the mesh, by rules over parameter names.
 
-Projections into the heads and the hidden layer are cut over `tensor` by rows, those out of them by columns, so
-that a block needs one reduction; `fsdp` cuts the storage further and is gathered where the weight is used.
-The experts of a layer are cut over `expert`, and each of them as any feed-forward.
-A dimension must divide evenly, a quantized one in whole blocks, so every kind of weight has several layouts in
+Projections into the heads and the hidden layer are cut over `tensor` by rows, projections out of them by columns, so
+that a block needs one reduction. `fsdp` cuts the storage further; the weight is gathered over it where it is used. The
+experts of a layer are cut over `expert`, and each expert like any feed-forward.
+A dimension must divide evenly, and a quantized one into whole blocks. So every kind of weight has several layouts in
 order of preference, and the first that fits is taken.
 """
 
@@ -39,7 +39,7 @@ PREFERENCES = (
 
 @dataclass(frozen=True)
 class Layout:
-    """How a weight is cut: `stored` between steps, `gathered` where it is used. Neither counts a layer axis."""
+    """How a weight is cut: `stored` between steps, `gathered` where it is used. Neither includes a layer axis."""
 
     mesh: Mesh
     stored: P
@@ -52,7 +52,7 @@ class Layout:
         return NamedSharding(self.mesh, spec)
 
     def stacked(self, ndim: int) -> NamedSharding:
-        """As it is stored, for an array with so many axes: those in front, of stacks, are not cut."""
+        """The stored sharding for an array with `ndim` axes: leading stack axes are not cut."""
         return NamedSharding(self.mesh, P(*(None,) * (ndim - len(self.stored)), *self.stored))
 
 
@@ -63,12 +63,12 @@ def layout_of(name: str, shape: tuple[int, ...], mesh: Mesh, block: int = 1) -> 
         name: dotted parameter name, without layer numbers.
         shape: without the layer axis.
         mesh: with the axes of `jaxft.sharding.mesh.AXES`.
-        block: how many columns of a quantized weight belong together.
+        block: columns in one block of a quantized weight.
     """
     preferences = rules.assign(PREFERENCES, [name], may_be_idle=True)[name]
     together = [1] * len(shape)
     if "experts.gate_up_proj" in name:
-        together[1] = 2  # a row of gate, a row of up
+        together[1] = 2  # rows of gate and up alternate
     if name.endswith("weight"):
         together[-1] *= block
     for spec in preferences:
@@ -78,15 +78,15 @@ def layout_of(name: str, shape: tuple[int, ...], mesh: Mesh, block: int = 1) -> 
 
 
 TRANSPOSED_ON = {"tpu"}
-"""Platforms whose memory has 4-bit codes [..., out, in] by columns."""
+"""Platforms that store 4-bit codes [..., out, in] column by column."""
 
 
 def in_memory(sharding: Sharding, ndim: int) -> Sharding | device_layout.Format:
-    """How 4-bit codes with so many axes lie in the memory of the sharding's devices.
+    """The memory layout of 4-bit codes with `ndim` axes on the sharding's devices.
 
-    The scale of a block of columns is spread over it, which costs a TPU nothing where columns do not lie along its
-    lanes. So XLA wants the codes transposed, and gets them so from the start: left to itself, it would copy all codes
-    of the model at the beginning of every step.
+    Each scale is repeated over a block of columns, which costs a TPU nothing if columns do not lie along its lanes. So
+    XLA wants the codes transposed. They are stored that way from the start: otherwise XLA would copy all codes of the
+    model at the beginning of every step.
     """
     if next(iter(sharding.device_set)).platform not in TRANSPOSED_ON:
         return sharding
@@ -115,7 +115,7 @@ def names_of(spec: P, axis: int) -> tuple[str, ...]:
 
 
 def over_fsdp_too(mesh: Mesh, axes: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:
-    """Axes that cut a dimension of this size, with `fsdp` behind them, where that divides it."""
+    """The axes with `fsdp` appended, if a dimension of this size divides by all of them."""
     wider = (*names_of(P(axes), 0), "fsdp")
     return axes if "fsdp" in wider[:-1] or size % ways(mesh, wider) else wider
 

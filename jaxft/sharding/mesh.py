@@ -44,13 +44,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def arranged(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Devices as an array of this shape, neighbours in it near each other in the network.
+    """Devices as an array of this shape, where neighbours are near each other in the network.
 
-    Slices of TPUs, and hosts with GPUs, are joined by a slower network. They lie along the first axes that they divide:
-    `data`, where little is sent, then `fsdp`.
+    A slower network joins TPU slices, and hosts with GPUs. They lie along the first axes that they divide: `data`,
+    where little is sent, then `fsdp`.
 
     Raises:
-        ValueError: so many slices cannot lie along these axes.
+        ValueError: the slices do not divide these axes.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     outside, left = [], slices
@@ -66,13 +66,13 @@ def arranged(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Of arrays [B, T, ...]: rows over data, fsdp and expert, their tokens over context, everything else whole.
-    `leading` axes (accumulation) stand before the rows."""
+    """The sharding of arrays [B, T, ...]: rows over data, fsdp and expert, tokens over context, everything else whole.
+    `leading` axes (accumulation) come before the rows."""
     return NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES, "context"))
 
 
 def row_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Of arrays [B, ...]: rows as in `batch_sharding`, each of them whole."""
+    """The sharding of arrays [B, ...]: rows as in `batch_sharding`, each row whole."""
     return NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES))
 
 
