@@ -134,7 +134,7 @@ class Account:
             "loss": window.loss / max(window.count, 1),
             **{name: total / max(count, 1.0) for name, (total, count) in window.measured.items()},
             "grad_norm": float(metrics.grad_norm),
-            "learning_rate": float(self._learning_rate(max(step - 1 - skipped, 0))),  # the schedule does not count skipped updates
+            "learning_rate": float(self._learning_rate(max(step - 1 - skipped, 0))),  # without skipped
             "tokens": self._books.tokens,
             "tokens_per_second": self._tokens / (now - self._logged),
             "skipped_updates": skipped,

@@ -1,4 +1,4 @@
-"""Decides whether a run may begin in its output directory. Reads what an earlier attempt left there, changes nothing."""
+"""Decides whether a run may begin in its output directory. Reads what an earlier attempt left and changes nothing."""
 
 from pathlib import Path
 

@@ -1,9 +1,9 @@
 """Reports on a run while it trains: a metrics file, the trackers that the user chose, and a progress bar.
 
 `metrics.jsonl` holds the records of a run: one JSON object per line, on disk before the update after next begins.
-Trackers get the same records; nobody needs a tracker to read them. No record is left out: a loss that is not
-finite is written as the string "NaN", "Infinity" or "-Infinity", which every strict JSON reader accepts and
-which `float()` (and JavaScript's `Number()`) turns back into the number.
+Trackers get the same records; nobody needs a tracker to read them. No record is left out: a loss that is not finite is
+written as the string "NaN", "Infinity" or "-Infinity", which every strict JSON reader accepts and which `float()` (and
+JavaScript's `Number()`) turns back into the number.
 
 A record is a flat dict with the key `step` (updates done). The keys of a training record: `epoch`, `loss`,
 `grad_norm`, `learning_rate`, `tokens` and `skipped_updates` (both since the run began), `tokens_per_second`

@@ -1,6 +1,6 @@
 """Handles the signals that ask a run to stop.
 
-Schedulers, terminals and people send different signals: SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is gone), SIGUSR1
+Schedulers, terminals and people send different signals: SIGTERM, SIGINT (Ctrl-C), SIGHUP (terminal gone), SIGUSR1
 and SIGUSR2 (`sbatch --signal=USR1@90`, Grid Engine), SIGXCPU (a time limit). All of them mean the same. While a run
 trains, a signal is a request (`StopSignal`): the run saves and ends. Before and after training there is nothing to
 save: the process exits with a message and an exit code. A signal that the process was started to ignore stays ignored,
@@ -135,4 +135,4 @@ def _handle(handler: Handler) -> dict[int, Any]:
 
 def _restore(previous: dict[int, Any]) -> None:
     for number, handler in previous.items():
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: the handler was not set from Python
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set outside Python
