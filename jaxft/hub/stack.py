@@ -124,8 +124,8 @@ def _as_it_is(x: jax.Array) -> jax.Array:
 def _declared(pairs: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The same buffers as an array of 4-bit codes. XLA also stores the first code in the lower half.
 
-    A conversion by JAX would take 2 ns a code and twice the memory. Only JAX knows the new type here; the buffers get it
-    when the array passes through a compiled function.
+    A conversion by JAX would take 2 ns a code and twice the memory. Only JAX knows the new type here; the buffers get
+    it when the array passes through a compiled function.
     """
     *axes, width = pairs.shape
     return declared(pairs, (*axes, 2 * width), dtype)
@@ -133,6 +133,6 @@ def _declared(pairs: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 @partial(jax.jit, static_argnames="dtype", donate_argnames="x")
 def _typed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Return `x` unchanged. `dtype` is an argument because JAX looks up compiled functions by the type of the buffers."""
+    """Return `x` unchanged. `dtype` is an argument because JAX finds compiled functions by the type of buffers."""
     assert x.dtype == dtype
     return x

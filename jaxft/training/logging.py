@@ -7,8 +7,8 @@ JavaScript's `Number()`) turns back into the number.
 
 A record is a flat dict with the key `step` (updates done). The keys of a training record: `epoch`, `loss`,
 `grad_norm`, `learning_rate`, `tokens` and `skipped_updates` (both since the run began), `tokens_per_second`
-(since the record before), and the other metrics of the objective under their own names. An evaluation record has `eval_loss`
-and other keys that begin with `eval_`.
+(since the record before), and the objective's other metrics under their own names. An evaluation record has
+`eval_loss` and other keys that begin with `eval_`.
 """
 
 import importlib
