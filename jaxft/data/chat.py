@@ -1,4 +1,4 @@
-"""From examples to tokens and loss masks.
+"""Turns examples into tokens and loss masks.
 
 A conversation is rendered once by its chat template (`jaxft.data.turns` says which characters the model
 learns) and the whole text is tokenized once, so that the tokens are those of `tokenizer.apply_chat_template`.

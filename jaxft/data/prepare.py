@@ -1,4 +1,4 @@
-"""From the sources a run names to what it trains on and what it is judged by, every example accounted for.
+"""Turns the sources of a run into training and held-out examples, and accounts for every example.
 
 read -> convert -> render and tokenize -> drop or cut what is too long, drop what teaches nothing -> hold
 out. Everything happens before the first step, so that every fault in the data is found before time is spent

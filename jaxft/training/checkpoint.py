@@ -169,7 +169,7 @@ class Checkpoints:
         return state_digest(state)
 
     def saving(self) -> bool:
-        """Whether this process still writes. When no process writes, `wait` takes no time and reports a failure early."""
+        """Whether this process still writes. When none does, `wait` takes no time and reports a failure early."""
         return self._pending is not None and self._manager.is_saving_in_progress()
 
     def wait(self) -> None:
