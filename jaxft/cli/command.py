@@ -114,7 +114,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def mesh_of(options: argparse.Namespace) -> Mesh:
-    """The mesh of `--mesh`; as in a config, `data` takes the remaining devices. Raises ValueError if it is impossible."""
+    """The mesh of `--mesh`; as in a config, `data` takes the remaining devices. Raises ValueError if it cannot."""
     parts = [part.partition("=") for part in options.mesh.split(",")]
     try:
         sizes = {axis.strip(): int(size) for axis, _, size in parts}

@@ -1,6 +1,6 @@
 """Detects texts that were already rendered with a chat template.
 
-There are two signs: the text begins as every conversation does under the template, and it contains the marker that
+There are two signs: the text begins as every conversation does under the template, and it contains the text that
 precedes an answer. Blanks and a thought that a prompt opens are ignored: data come from many versions of a template,
 which differ in these first.
 """

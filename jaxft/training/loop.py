@@ -25,7 +25,7 @@ from jaxft.training.step import initial_state, make_train_step
 from jaxft.training.stopping import StopSignal
 
 SAVE_SECONDS = 600
-"""Seconds between saves of a run that does not set how often it saves."""
+"""Seconds: the most that a run loses if its config does not set how often to save."""
 
 WAITED_FOR, AHEAD = 0.5, 8
 """If an update takes more than WAITED_FOR seconds, the run waits for each one, so that a signal stops it at the next.
