@@ -35,7 +35,7 @@ METHODS: Mapping[str, Callable[[Files, dict[str, Any]], dict[str, Encoded]]] = {
     "modelopt": float8.find,
     "mxfp4": mxfp4.find,
 }
-"""`quant_method` -> functions that read its checkpoints."""
+"""`quant_method` -> the function that finds its weights."""
 
 _SIDECAR = "hf_quant_config.json"  # where ModelOpt writes what others write into config.json
 _CHUNK = 4 << 20  # values decoded at a time

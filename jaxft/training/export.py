@@ -77,7 +77,7 @@ def export(model: Decoder, inputs: Inputs, directory: RunDirectory, stops: Mappi
     target = directory.path / "model" if full else directory.adapter
     save = partial(save_model, dtype=inputs.recipe.storage) if full else save_adapter
     if not hosts.is_writer():
-        save(model, target)  # takes part in gathering
+        save(model, target)  # takes part in the save
         hosts.barrier()
         return target
     with staged(target, replace=True) as stage:  # what is there is of a run that was killed after training
