@@ -1,6 +1,6 @@
 """The run as one flat, frozen, checked object.
 
-`Config` is the only list of what a run can be told: every key has a type, a default and a line that says what
+`Config` is the only list of a run's settings: every key has a type, a default and a line that says what
 it means. Types are strict (12.5 is no integer, "true" is no boolean), an unknown key is an error. What can be
 said in several ways (`adapter: dora` or `use_dora: true`, `load_in_4bit` or `quant_type`) is resolved once,
 here: after validation all spellings agree, and a dumped config loads to an equal one. Which keys exclude each
@@ -45,7 +45,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ConfigError(ValueError):
-    """What is wrong with a config: a line per problem, `file: key: what is wrong (got ...)`."""
+    """The faults of a config: a line per problem, `file: key: what is wrong (got ...)`."""
 
 
 class YamlDumper(yaml.SafeDumper):
@@ -155,7 +155,7 @@ RematName = Literal["lora", "attention", "qkv", "attention_out", "mlp"]
 
 
 class Config(_Section):
-    """Everything a run is told. Frozen; after validation all spellings of one setting agree."""
+    """All settings of a run. Frozen; after validation all spellings of one setting agree."""
 
     # The base model
     model_name_or_path: str = Field(
@@ -284,7 +284,7 @@ class Config(_Section):
     def to_yaml(self, adapter: Mapping[str, Any] | None = None) -> str:
         """All keys that have an effect, resolved, in the order of the schema; loads to an equal config.
 
-        Those without stand at the end as comments that say why.
+        Keys without effect stand at the end as comments that say why.
 
         Args:
             adapter: key -> value of the adapter in `adapter_name_or_path`; the comments show them.
@@ -321,7 +321,7 @@ class Config(_Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_spellings(cls, data: Any) -> Any:
-        """Add what follows from the spelling given; contradictions are left for `_agree`."""
+        """Fill in the other spellings of a given setting; `_agree` reports contradictions."""
         if not isinstance(data, dict):
             return data
         data = dict(data)

@@ -1,6 +1,6 @@
-"""What is wrong with a config, in lines that a person can act on.
+"""Describes the faults of a config in lines that a person can act on.
 
-They say where the key stands, in the file or on the command line, call it what the user called it, and never
+The lines say where the key stands, in the file or on the command line, call it what the user called it, and never
 repeat what may be a credential.
 """
 
@@ -39,7 +39,7 @@ def explain(
     """A line per problem.
 
     Args:
-        tree: what was checked; `error` is what the schema says of it.
+        tree: the checked config; `error` holds the faults that the schema found in it.
         file: what stands for it in the lines.
         spelt: our key -> the other name that the user gave it.
         overridden: what the command line set.

@@ -1,4 +1,4 @@
-"""Between the keys of a config: which contradict each other, and which have no effect.
+"""Finds keys of a config that contradict each other, and keys that have no effect.
 
 `contradictions` are errors. `idle` are keys that this run never looks at, such as `lora_r` where every weight is
 trained. One with a value of its own asks for what it does not get, and is a contradiction; one that only bounds or
@@ -44,7 +44,7 @@ class Idle(NamedTuple):
 
 
 def contradictions(config: Config) -> Iterator[str]:
-    """What cannot hold together, a line for each; keys stand in backticks."""
+    """The contradictions, a line for each; keys stand in backticks."""
     load_in = (config.load_in_4bit, config.load_in_8bit)
     if all(load_in):
         yield "`load_in_4bit` and `load_in_8bit` are both true; keep one"

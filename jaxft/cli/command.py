@@ -97,7 +97,7 @@ def _failed(message: str, code: int) -> int:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Those that say how a model is loaded."""
+    """Add the options that say how to load a model."""
     add = parser.add_argument
     add("--model", required=True, type=local, metavar="DIR", help="model directory, GGUF file or hub id")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
@@ -114,7 +114,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def mesh_of(options: argparse.Namespace) -> Mesh:
-    """The mesh of `--mesh`; as in a config, `data` takes what is left. Raises ValueError where it cannot be."""
+    """The mesh of `--mesh`; as in a config, `data` takes the remaining devices. Raises ValueError if it cannot."""
     parts = [part.partition("=") for part in options.mesh.split(",")]
     try:
         sizes = {axis.strip(): int(size) for axis, _, size in parts}
@@ -134,7 +134,7 @@ def base_of(options: argparse.Namespace, mesh: Mesh, resolved: ResolvedModel) ->
 
 
 def check_adapter(directory: str | None) -> None:
-    """Complain of an adapter before the weights of its base are read, which takes long.
+    """Refuse a faulty adapter before the slow reading of its base's weights.
 
     Raises:
         ValueError: it is not there, its files are not as jaxft wrote them, or its settings cannot be honoured.

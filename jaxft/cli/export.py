@@ -1,7 +1,7 @@
-"""Take the result of a finished run away, as a PEFT adapter or merged into the original weights.
+"""Exports the result of a finished run, as a PEFT adapter or merged into the original weights.
 
-Only what is beyond doubt leaves: the run's files are as it wrote them, the base is the one it was trained
-on, and what was written is read back. A merge starts from the base as it is on disk, in float32, whatever the run
+An export is checked: the run's files are unchanged, the base is the one that the run trained on, and the written
+files are read back. A merge starts from the base as it is on disk, in float32, whatever the run
 computed in. The tokenizer, the chat template and the tokens that end an answer go along, so that what is served is
 what was trained.
 """
@@ -48,7 +48,7 @@ TOLERANCE = 1e-5  # between logits before and after writing, relative to the lar
 
 
 class BaseName(NamedTuple):
-    """What an export calls its base: a repository and its commit if known, or an absolute path."""
+    """The name of the base in an export: a repository and its commit if known, or an absolute path."""
 
     name: str
     revision: str | None
@@ -74,7 +74,7 @@ def write_adapter(run: Run, directory: Path, source: Source, called: BaseName, f
 
     Args:
         source: the base.
-        called: what the adapter is to call it.
+        called: the base's name in the adapter.
         fold: in the form that every reader scales alike (`jaxft.adapters.portable`).
     """
     base = describe_model(open_model(Path(source.path))[0], "float32", None)
@@ -102,13 +102,13 @@ def write_adapter(run: Run, directory: Path, source: Source, called: BaseName, f
 
 
 def write_merged(run: Run, directory: Path, dtype: str | None, source: Source | None, called: BaseName) -> str:
-    """A model of its own; returns the dtype of its weights.
+    """Write a merged or fully trained model; returns the dtype of its weights.
 
     By default that is the dtype of the checkpoint that was adapted, or the one that a full training computed in.
 
     Args:
         source: the base of an adapter.
-        called: what the model card is to call the base.
+        called: the base's name in the model card.
 
     Raises:
         ValueError: the weights do not fit `dtype`.
@@ -139,7 +139,7 @@ def write_merged(run: Run, directory: Path, dtype: str | None, source: Source | 
 
 
 def card_of(run: Run, called: BaseName, adapter: Adapter | None) -> Card:
-    """What the model card of an export says."""
+    """The model card of an export."""
     record = run.record
     return Card(
         title=run.path.absolute().name,

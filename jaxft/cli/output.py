@@ -1,7 +1,7 @@
-"""What a command prints never ends it.
+"""Keeps a command alive when its output cannot be written.
 
 The reader of a pipe may leave (`| head`), a terminal may close, the disk behind a log may be full, and a console may
-not know a character. A run is worth more than its messages: they are lost, which is said once where it can be, or
+not know a character. A run is worth more than its messages. Messages are lost, with one notice if possible, or are
 written with escapes (`\\u27e6`), and the run goes on.
 """
 
@@ -14,7 +14,7 @@ from typing import TextIO
 
 
 class Enduring(io.FileIO):
-    """A file descriptor that takes what cannot be written, and forgets it.
+    """A file that drops output that its descriptor cannot write.
 
     Args:
         descriptor: 1 or 2; it stays open when this is closed.
@@ -40,7 +40,7 @@ class Enduring(io.FileIO):
 
 
 def endure() -> None:
-    """Make stdout and stderr such; to be called before anything is printed."""
+    """Make stdout and stderr `Enduring`; call this before anything is printed."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

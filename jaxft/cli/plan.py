@@ -1,7 +1,7 @@
-"""`scripts/plan.py`: will a run fit that machine, how long is a step, and what limits it.
+"""`scripts/plan.py`: whether a run fits a machine, how long a step takes, and what limits it.
 
-The run's training step is compiled for the machine, which need not be there, on whatever this is. Of the model only
-config.json is read, of the data nothing: rows are taken to be `max_length` long.
+This machine compiles the run's training step for the other machine, which need not be present. The plan reads only
+config.json of the model and no data: it assumes rows of `max_length` tokens.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How a script begins, before it imports anything heavy: signals and output are seen to, then the command is run."""
+"""Starts a script: prepares signals and output before any heavy import, then runs the command."""
 
 import importlib
 import os

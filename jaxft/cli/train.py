@@ -67,7 +67,7 @@ def train(config: str | Path | Mapping[str, Any], **overrides: Any) -> TrainResu
         overrides: keys that replace those of the config, as on the command line; values may be paths.
 
     Raises:
-        ValueError: whatever is wrong with config, model or data, before training begins.
+        ValueError: config, model or data has a fault; raised before training begins.
         Preempted: SIGTERM or SIGINT; a checkpoint was saved.
         NonFiniteLossError: the loss became NaN or infinite and stayed so.
     """
@@ -163,7 +163,7 @@ def run(config: Config, console: Console, idle: AbstractContextManager[None] | N
 def dry_run(config: Config, console: Console) -> None:
     """Print what a run would do: config, data, parameters, one example, effective batch. Writes nothing.
 
-    What would refuse the run refuses this.
+    Raises the errors that would refuse the run.
     """
     inputs, again = _prepare(config)
     if again:

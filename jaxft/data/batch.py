@@ -1,4 +1,4 @@
-"""What one update is fed."""
+"""The input of one update."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""From examples to tokens and loss masks.
+"""Turns examples into tokens and loss masks.
 
 A conversation is rendered once by its chat template (`jaxft.data.turns` says which characters the model
 learns) and the whole text is tokenized once, so that the tokens are those of `tokenizer.apply_chat_template`.
@@ -40,7 +40,7 @@ from jaxft.limits import NoMemoryError, memory_for
 
 logger = logging.getLogger(__name__)
 
-#: The day that templates with a date are told, always the same so that a resumed run reads the same tokens.
+#: The date for templates that write one. It never changes, so that a resumed run reads the same tokens.
 TODAY = date(2024, 7, 26)
 #: Markup of Llama 2, which is letters to its own tokenizer.
 _LETTERS = ("[INS", "[/IN", "<<SY", "<</S")
@@ -48,14 +48,14 @@ _CHUNK = 256  # examples tokenized in one call
 
 
 class Encoded(NamedTuple):
-    """An example in tokens, and what happened to it on the way."""
+    """The tokens of an example, and the events on the way to them."""
 
     tokenized: Tokenized
     events: tuple[Event, ...]
 
 
 class TooLong(NamedTuple):
-    """An example of so many characters that it is not tokenized."""
+    """An example with too many characters to be tokenized."""
 
     characters: int
 
@@ -155,7 +155,7 @@ class Renderer:
     def encode(
         self, examples: Iterable[Example], *, assistant_only_loss: bool = True
     ) -> list[Encoded | BadRecord | TooLong]:
-        """What becomes of each example, in their order.
+        """The result for each example, in their order.
 
         Args:
             examples: conversations, completions or texts.
@@ -188,7 +188,7 @@ class Renderer:
             yield Encoded(tokenized, one.events)
 
     def is_rendered(self, text: str) -> bool:
-        """Whether a text went through the chat template already."""
+        """Whether a text was already rendered with the chat template."""
         return self.template is not None and self.template.is_rendered(text)
 
     def prompt(self, example: Conversation | Completion) -> tuple[np.ndarray, str]:
@@ -230,7 +230,7 @@ class Renderer:
         try:
             template = self._need_template() if isinstance(example, Conversation) else None
             self._eos()
-        except ValueError as error:  # befalls all examples alike
+        except ValueError as error:  # affects all examples alike
             raise ValueError(f"{example.origin}: {error}") from None
         try:
             return template.render(example) if template else self._continuations.render(example)

@@ -1,4 +1,4 @@
-"""Texts and completions: what is learned to the end, without a chat template.
+"""Renders texts and completions, which the model learns to the end, without a chat template.
 
 A completion is prompt + completion + EOS, a text is text + EOS, each after BOS if the tokenizer adds one. Data often
 spell the two at their ends already; then they are read as the tokens, and not added again. A text that went through

@@ -1,8 +1,8 @@
-"""Conversations in one form, whatever keys and role names they came with, checked before they are rendered.
+"""Parses conversations with any known keys and role names into one form, and checks them before rendering.
 
 The order of roles is: at most one system message, then a user message, then answers and questions in turn.
-An assistant message that calls tools is followed by tool messages with the results. A last question may stand
-unanswered.
+An assistant message that calls tools is followed by tool messages with the results. The last question may have
+no answer.
 
 A null is an absent value, in tools and messages at any depth. Only what a tool's schema lets be null may be: an
 argument of a call that is required, may be null, or of which nothing is known.
@@ -159,7 +159,7 @@ def check_order(messages: Sequence[Message]) -> None:
 
 
 def with_last_answer(conversation: Conversation) -> Conversation:
-    """The same conversation, of which only the last answer is learned, if it was to be."""
+    """The same conversation, but the model learns only the last answer, if that answer was supervised."""
     last = max(i for i, message in enumerate(conversation.messages) if message.role == "assistant")
     messages = (
         replace(message, supervised=message.supervised and i == last) for i, message in enumerate(conversation.messages)
@@ -264,7 +264,7 @@ def _yes(value: bool) -> str:
 
 
 def _join_parts(parts: list) -> tuple[str, list[str]]:
-    """The text of all parts, and keys of theirs that are not read."""
+    """The text of all parts, and the keys of parts that are not read."""
     texts, unread = [], []
     for part in parts:
         part = {"text": part} if isinstance(part, str) else part

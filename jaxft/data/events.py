@@ -1,8 +1,8 @@
-"""What happened to an example on its way to tokens that its owner should know.
+"""Records events on an example's way to tokens that the owner of the data should know.
 
-An example that cannot be trained on is a bad record. One that can, but not with all that it says, is trained on, and an
-event says what was left out. Events of one name are counted together. The account of the data shows them, and with
-`strict_data` a loss is an error.
+An example that cannot be trained on is a bad record. If only a part of an example cannot be used, the run trains on the
+rest, and an event says what was left out. Events of one name are counted together. The account of the data shows them,
+and with `strict_data` a loss is an error.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""From records as people have them to a conversation, a prompt with its completion, or plain text.
+"""Turns records in common formats into a conversation, a prompt with its completion, or plain text.
 
 Five formats, told by their columns:
 

@@ -1,9 +1,9 @@
-"""Batches, in an order that one integer describes.
+"""Makes batches in an order that one integer, the step, describes.
 
 Each epoch chooses its examples, shuffles them by (seed, epoch), packs them into rows and shuffles the rows.
 Step n of the run is a fixed slice of the rows of its epoch, so a run resumes exactly from the number of steps
-taken. How many rows a step has decides the slice; into how many micro-batches and over how many devices they are
-cut does not. The last step of an epoch is filled up with empty rows; no example is dropped, and none moves into the
+taken. The slice depends on the number of rows in a step. It does not depend on the number of micro-batches
+or devices. The last step of an epoch is filled up with empty rows; no example is dropped, and none moves into the
 next epoch.
 
 An epoch is one pass over all sources. With weights, it has as many examples as there are in all sources
@@ -37,11 +37,11 @@ class Schedule:
         micro_batch_size: rows of one micro-batch, over all devices.
         accumulation_steps: micro-batches per step.
         max_length: tokens of a row; without packing, rows are as long as the longest example, rounded up.
-        parts: into how many the tokens of a row are cut; it divides `max_length`.
+        parts: number of parts that the tokens of a row are cut into; it divides `max_length`.
         packing: several examples per row.
         weights: of the sources, relative; None = every example once per epoch.
         seed: fixes the order.
-        rows: of each micro-batch, those to make, in order; None = all. The order does not depend on them.
+        rows: the rows of each micro-batch to make, in order; None = all. The order of examples does not depend on them.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Where contents stand in a rendered conversation, found by private-use characters around each of them.
+"""Finds the contents in a rendered conversation by private-use characters around each of them.
 
 The conversation is rendered plainly and with the marks, and the two must agree once the marks are taken away, so that a
 template which looks at its contents cannot mislead.

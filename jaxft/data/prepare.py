@@ -1,9 +1,9 @@
-"""From the sources a run names to what it trains on and what it is judged by, every example accounted for.
+"""Turns the sources of a run into training and held-out examples, and accounts for every example.
 
 read -> convert -> render and tokenize -> drop or cut what is too long, drop what teaches nothing -> hold
 out. Everything happens before the first step, so that every fault in the data is found before time is spent
-on a model. All bad records are named at once, or dropped and counted; what of an example is not trained on is
-counted by name.
+on a model. All bad records are named at once, or dropped and counted; parts of examples that are not trained on
+are counted by name.
 """
 
 import logging
@@ -41,7 +41,7 @@ _MANY_TOO_LONG = 0.1  # of a source's examples: worth a warning
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of one source: counts of examples, and of the tokens of those that were kept."""
+    """The results for one source: counts of examples, and of the tokens of those that were kept."""
 
     path: str
     format: str

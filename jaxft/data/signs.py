@@ -1,8 +1,8 @@
-"""Texts that went through a chat template before they came here.
+"""Detects texts that were already rendered with a chat template.
 
-They are told by two signs: they begin as every conversation does under the template, and what stands before an answer
-stands in them. Blanks are not looked at, nor a thought that a prompt opens: data are rendered by many versions of a
-template, which differ in these first.
+There are two signs: the text begins as every conversation does under the template, and it contains the text that
+precedes an answer. Blanks and a thought that a prompt opens are ignored: data come from many versions of a template,
+which differ in these first.
 """
 
 import re

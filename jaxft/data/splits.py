@@ -1,4 +1,4 @@
-"""Held-out examples that are not also trained on.
+"""Separates held-out examples from training examples.
 
 Which examples are held out depends on their content and the seed alone, not on their order or their file. Two
 examples are the same if they say the same, whatever format they came in; equal ones always stay on one side.

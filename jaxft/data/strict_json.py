@@ -1,4 +1,4 @@
-"""JSON as the standard has it, because a tolerant parser trains on what nobody meant.
+"""Parses JSON strictly by the standard: a tolerant parser could train on data that nobody meant.
 
 Beyond the syntax, three things are faults: NaN and Infinity; a key that is there twice in an object; half of a
 surrogate pair (`\\ud83d` alone), which is no character and cannot be tokenized.

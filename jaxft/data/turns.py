@@ -1,4 +1,4 @@
-"""A conversation rendered by its chat template, and where in the text each turn stands.
+"""Renders a conversation with its chat template and finds the position of each turn in the text.
 
 Nothing is found by looking at token values or by searching for the contents, but by marks around them
 (`jaxft.data.marks`).

@@ -1,4 +1,4 @@
-"""The README.md of what a run gives away: what it is, what it was made of, and the commands that use it."""
+"""Writes the README.md of an exported result: what it is, what it was made from, and the commands that use it."""
 
 import json
 import shlex
@@ -15,7 +15,7 @@ TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card tells.
+    """The contents of a model card.
 
     Attributes:
         title: what the model is called.

@@ -20,7 +20,7 @@ _PORTABLE = "export it with --format peft --portable"
 
 @dataclass(frozen=True)
 class Adapter:
-    """What readers look at.
+    """The properties of an adapter that readers check.
 
     Attributes:
         sizes: rank and alpha of each module.
@@ -38,7 +38,7 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest."""
+        """The largest rank."""
         return max(rank for rank, _ in self.sizes.values())
 
 

@@ -1,4 +1,4 @@
-"""What a quantized checkpoint holds in place of a weight: codes, scales and more, which together stand for it.
+"""Represents a weight of a quantized checkpoint by its codes, scales and other tensors.
 
 Each format is a kind of `Encoded`: it knows the tensors of the file that make up one weight, has checked that they
 fit, and decodes any rows of the weight. Everything is numpy, as it runs on the host while a model streams in.
@@ -41,7 +41,7 @@ class Encoded(ABC):
         files: hold it.
         shape: of the weight, as the model's config has it.
         parts: names of all tensors that belong to it, those too that decoding does without.
-        dtype: of what `decode` gives.
+        dtype: dtype of the result of `decode`.
         coded: the file holds codes, not the values themselves.
     """
 
@@ -64,7 +64,7 @@ class Encoded(ABC):
     def decode(self, begin: int, end: int, columns: slice) -> np.ndarray:
         """The values at `begin` to `end` of the first axis and at `columns`, two positions, of the last.
 
-        A weight of one axis has no columns; whatever is given is of no account.
+        A weight of one axis has no columns; the argument is ignored.
         """
 
 

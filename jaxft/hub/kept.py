@@ -1,4 +1,4 @@
-"""Codes of a quantized checkpoint taken over as they are, where the format that is asked for is the file's own.
+"""Keeps the codes of a quantized checkpoint unchanged if the file already has the requested format.
 
 bitsandbytes' NF4 in blocks of 64 that end where rows do, and its LLM.int8(), are jaxft's NF4 and Int8 bit for bit.
 Anything else is dequantized, and quantized anew if asked.
@@ -77,7 +77,7 @@ def say(text: str) -> None:
 
 
 def tell(weights: Weights, form: Format | None, dtype: str, quantized: Sequence[str]) -> None:
-    """Log what becomes of the codes of a quantized checkpoint that are not kept, and of what it left unquantized.
+    """Log what happens to codes that are not kept, and to weights that the checkpoint left unquantized.
 
     Args:
         quantized: the weights that are in `form` afterwards.

@@ -1,4 +1,4 @@
-"""Read a Hugging Face model directory into a `Decoder`, strictly: config, tensors and model must be of one mind.
+"""Read a Hugging Face model directory into a `Decoder`, strictly: config, tensors and model must agree.
 
 The weights themselves come by `stream`, a few tensors at a time.
 """
@@ -101,7 +101,7 @@ def open_model(path: Path) -> tuple[DecoderConfig, Weights]:
     two, as in transformers: configs leave the key out, and defaults have changed.
 
     Raises:
-        ValueError: config or weights cannot be read, or are not of one mind.
+        ValueError: config or weights cannot be read, or do not agree.
     """
     raw = read_config(path)
     config, weights = decoder_config(raw), open_weights(path, raw)
@@ -127,7 +127,7 @@ def _same(weights: Weights, one: str, other: str) -> bool:
 
 
 def announce(config: DecoderConfig, weights: Weights, form: Format | None, dtype: str) -> None:
-    """Log, once, what is not loaded as it is stored."""
+    """Log, once, which weights change their format on loading."""
     if config.part_of is not None:
         say(f"{weights.directory}: of this {config.part_of} model only the part for text is loaded")
     inside = [parameter for parameter, _ in parameters(describe(config)) if is_quantized(parameter)]

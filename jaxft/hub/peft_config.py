@@ -1,7 +1,7 @@
-"""Read `adapter_config.json`: what of it decides anything, in the types that PEFT writes.
+"""Read the settings in `adapter_config.json` that have an effect, in the types that PEFT writes.
 
-What cannot be honoured is an error, and so is a value of another type: the text "false" would be true, and an alpha
-of Infinity a number. What is unknown is told.
+A setting that jaxft cannot honour is an error, and so is a value of another type: the text "false" would be true, and
+an alpha of Infinity a number. An unknown key is reported.
 """
 
 import math

@@ -38,7 +38,7 @@ def flat(part: str, value: np.ndarray) -> np.ndarray:
 
 
 def unflat(part: str, value: np.ndarray, experts: int) -> np.ndarray:
-    """The reverse of `flat`; a tensor that cannot be that of so many experts stays as it is."""
+    """The reverse of `flat`; a tensor that does not fit this number of experts stays unchanged."""
     if value.ndim != 2 or value.shape[0 if part == "A" else 1] % experts:
         return value
     if part == "A":

@@ -1,4 +1,4 @@
-"""Checkpoints that were quantized before they were published, shown as if they had not been.
+"""Presents checkpoints that were published quantized as if they were not quantized.
 
 `open_directory` gives what the loader reads: the files themselves, or `Prequantized`, where every weight has the name
 and shape that the model knows and is dequantized as it is read, while its codes, scales and zeros are out of sight.
@@ -35,7 +35,7 @@ METHODS: Mapping[str, Callable[[Files, dict[str, Any]], dict[str, Encoded]]] = {
     "modelopt": float8.find,
     "mxfp4": mxfp4.find,
 }
-"""What reads the checkpoints of each `quant_method`."""
+"""`quant_method` -> the function that finds its weights."""
 
 _SIDECAR = "hf_quant_config.json"  # where ModelOpt writes what others write into config.json
 _CHUNK = 4 << 20  # values decoded at a time

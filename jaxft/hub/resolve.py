@@ -1,4 +1,4 @@
-"""From what a user calls a model to a directory on this machine, and the commit it came from.
+"""Finds the directory on this machine, and the commit, for a user's name of a model.
 
 A name is, in this order:
 
@@ -52,7 +52,7 @@ class HubError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """Where a model lies, and the commit hash it is of: None for a local directory or file, which has no version."""
+    """The path of a model and its commit hash; None for a local directory or file, which has no version."""
 
     path: Path
     revision: str | None = None

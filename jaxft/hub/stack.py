@@ -1,9 +1,9 @@
-"""Parameters that are made empty and filled in place, tensor by tensor, so that there is never a second copy.
+"""Makes empty parameters and fills them in place, tensor by tensor, so that there is never a second copy.
 
-A compiled function encodes a tensor straight into the parameter that it is given, and gives it back. With 4-bit codes
-XLA's CPU backend cannot do that: it stores codes one by one, at 5 ns each, and for every tensor stores those of the
-whole parameter again, which takes minutes for 8B weights. Two codes in a byte it stores at the speed of memory. So on
-CPU a parameter is filled as bytes, and `finish` tells JAX that they are codes.
+A compiled function encodes a tensor into the parameter that it receives, and returns the parameter. XLA's CPU backend
+is too slow for this with 4-bit codes: it stores codes one by one, at 5 ns each, and stores the whole parameter again
+for every tensor, which takes minutes for 8B weights. It stores two codes in a byte at the speed of memory. So on CPU a
+parameter is filled as bytes, and `finish` tells JAX that the bytes are codes.
 """
 
 from dataclasses import dataclass, replace
@@ -23,15 +23,15 @@ from jaxft.sharding.layout import in_memory, layout_of
 
 @dataclass(frozen=True)
 class Storage:
-    """How a parameter is kept.
+    """How a parameter is stored.
 
     Attributes:
-        stack: its leading axes, those that its tensors do not have.
-        dtype: of its values, unless it is quantized.
-        form: what it is quantized to.
-        sharding: how each of its tensors is cut; None: not at all.
-        stack_spec: how the leading axes are: those of layers never, that of experts over the mesh axis `expert`.
-        packed: the dtype of its codes, if they are two to a byte until it is finished.
+        stack: sizes of the leading axes, which its tensors do not have.
+        dtype: dtype of the values if the parameter is not quantized.
+        form: format of the quantized weight; None: not quantized.
+        sharding: how each tensor is sharded; None: not at all.
+        stack_spec: how the leading axes are sharded: layers never, experts over the mesh axis `expert`.
+        packed: the dtype of the codes if they are stored two to a byte until `finish`; otherwise None.
     """
 
     stack: tuple[int, ...]
@@ -59,7 +59,7 @@ class Storage:
         return cls(parameter.stack, dtype, form, sharding, stack_spec, packed)
 
     def encode(self, x: Weight) -> Weight:
-        """One tensor as it is stored; codes are taken as they are, those of 4 bits two to a byte."""
+        """Encode one tensor for storage. Codes stay unchanged; 4-bit codes come packed two to a byte."""
         if self.form is None:
             return self.constrain(x.astype(self.dtype))
         if isinstance(x, QTensor):
@@ -84,7 +84,7 @@ class Storage:
 
 
 def add_tensor(weight: Weight | None, x: Weight, position: tuple[int, ...], storage: Storage) -> Weight:
-    """The parameter with `x` at `position` of its stack. What is given is used up; None is an empty parameter."""
+    """The parameter with `x` at `position` of its stack. Uses up `weight`; None means an empty parameter."""
     if weight is None:
         weight = _empty(x, storage)
     return jax.block_until_ready(_add(weight, x, tuple(map(jnp.int32, position)), storage))
@@ -107,7 +107,7 @@ def _add(weight: Weight, x: Weight, position: tuple[jax.Array, ...], storage: St
 
 
 def finish(weight: Weight, storage: Storage) -> Weight:
-    """The parameter, when all its tensors are there. What is given is used up."""
+    """The finished parameter, after all its tensors were added. Uses up `weight`."""
     if storage.packed is not None:
         weight = replace(weight, codes=_typed(_declared(weight.codes, storage.packed), storage.packed))
     if isinstance(weight, QTensor) and jnp.iinfo(weight.codes.dtype).bits == 4:
@@ -122,10 +122,10 @@ def _as_it_is(x: jax.Array) -> jax.Array:
 
 
 def _declared(pairs: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The same buffers as an array of 4-bit codes, which XLA stores as they are here: the first in the lower half.
+    """The same buffers as an array of 4-bit codes. XLA also stores the first code in the lower half.
 
-    JAX would convert them, at 2 ns a code and with twice the memory. The type is JAX's word only; the buffers get it
-    when the array has been through a compiled function.
+    A conversion by JAX would take 2 ns a code and twice the memory. Only JAX knows the new type here; the buffers get
+    it when the array passes through a compiled function.
     """
     *axes, width = pairs.shape
     return declared(pairs, (*axes, 2 * width), dtype)
@@ -133,6 +133,6 @@ def _declared(pairs: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 @partial(jax.jit, static_argnames="dtype", donate_argnames="x")
 def _typed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """x as it is. The dtype is named because JAX finds compiled functions by the type of the buffers."""
+    """Return `x` unchanged. `dtype` is an argument because JAX finds compiled functions by the type of buffers."""
     assert x.dtype == dtype
     return x

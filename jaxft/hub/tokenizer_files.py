@@ -74,7 +74,7 @@ def set_stop_ids(directory: Path, ids: Sequence[int], rows: int) -> None:
 
 
 def drop_tokens_beyond(directory: Path, rows: int) -> list[str]:
-    """Leave out the added tokens that an embedding of so many rows has none for; returns them.
+    """Leave out the added tokens that have no row in an embedding of `rows` rows; returns them.
 
     A pad token among them is replaced by the end-of-text token, which is what programs take that find none.
     """

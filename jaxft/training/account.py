@@ -1,4 +1,4 @@
-"""What the updates of a run came to: read from the devices while the next update runs, summed, and logged."""
+"""Sums and logs the metrics of updates; reads them from the devices while the next update runs."""
 
 import time
 from collections.abc import Callable
@@ -19,12 +19,12 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass
 class Window:
-    """Sums since the last line of the log."""
+    """Sums of the metrics since the last line of the log."""
 
-    loss: float = 0.0  # summed over what the objective counts
+    loss: float = 0.0  # sum over everything that the objective counts
     count: int = 0
     tokens: int = 0
-    measured: dict[str, tuple[float, float]] = field(default_factory=dict)  # name -> a sum and its count
+    measured: dict[str, tuple[float, float]] = field(default_factory=dict)  # name -> its sum and its count
 
     def add(self, metrics: Metrics) -> None:
         self.loss += float(metrics.loss) * int(metrics.count)
@@ -37,9 +37,9 @@ class Window:
 
 @dataclass
 class Bookkeeping:
-    """What a checkpoint holds beside the state, as JSON: a resumed run goes on as if nothing had happened."""
+    """The JSON that a checkpoint holds beside the state, so that a resumed run goes on as if nothing had happened."""
 
-    data: Any = None  # the iterator's own state
+    data: Any = None  # the state of the data iterator
     tokens: int = 0
     window: Window = field(default_factory=Window)
     best_eval_loss: float | None = None
@@ -54,17 +54,17 @@ class Bookkeeping:
 
 
 class Update(NamedTuple):
-    """One that the devices were told to make; `step` counts it."""
+    """An update that was started on the devices; `step` is its number."""
 
     step: int
     metrics: Metrics
 
 
 class Account:
-    """Takes the updates in, each when the next one has been started, unless it is told to `settle` before.
+    """Reads the metrics of each update after the next update has started, or earlier when `settle` is called.
 
     Attributes:
-        seconds: that one of the updates took which were read last.
+        seconds: duration of the update that was read last.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Account:
         self.seconds = 0.0
 
     def enter(self, step: int, metrics: Metrics) -> None:
-        """An update was started. Waits for the one before it.
+        """Take in an update that was just started. Waits for the update before it.
 
         Raises:
             NonFiniteLossError: `max_nonfinite_steps` updates in a row were skipped.
@@ -94,13 +94,13 @@ class Account:
             self._settle(before)
 
     def settle(self) -> None:
-        """Wait for the last update: then the books are those of its step. Raises as `enter` does."""
+        """Wait for the last update, so that the books include it. Raises as `enter` does."""
         last, self._running = self._running, None
         if last is not None:
             self._settle(last)
 
     def pause(self, seconds: float) -> None:
-        """Time that the tokens per second are not to count."""
+        """Leave this time out of the tokens per second."""
         self._logged += seconds
         self._read += seconds
 
@@ -124,7 +124,7 @@ class Account:
             )
 
     def _record(self, step: int, metrics: Metrics, now: float) -> dict[str, float]:
-        """A line of the log; the window begins anew."""
+        """Make a line of the log and start a new window."""
         window, self._books.window = self._books.window, Window()
         self._books.tokens += window.tokens
         skipped = int(metrics.skipped)
@@ -134,7 +134,7 @@ class Account:
             "loss": window.loss / max(window.count, 1),
             **{name: total / max(count, 1.0) for name, (total, count) in window.measured.items()},
             "grad_norm": float(metrics.grad_norm),
-            "learning_rate": float(self._learning_rate(max(step - 1 - skipped, 0))),  # skipped: not counted
+            "learning_rate": float(self._learning_rate(max(step - 1 - skipped, 0))),  # without skipped
             "tokens": self._books.tokens,
             "tokens_per_second": self._tokens / (now - self._logged),
             "skipped_updates": skipped,

@@ -1,4 +1,4 @@
-"""Whether a run may begin in its output directory: what an earlier attempt left there, looked at and never changed."""
+"""Decides whether a run may begin in its output directory. Reads what an earlier attempt left and changes nothing."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ from jaxft.training.logging import read_metrics
 
 
 def is_begun(config: Config) -> bool:
-    """Whether the run may use a directory in which there is a run already."""
+    """Whether the run may use an output directory that already holds a run."""
     return config.resume_from_checkpoint or nothing_to_lose(Path(config.output_dir))
 
 
 def nothing_to_lose(output_dir: Path) -> bool:
-    """An earlier attempt failed there before it logged an update: it may be started over, with any config."""
+    """Whether the earlier run failed before it logged an update: then a new run may start there, with any config."""
     metrics = output_dir / "metrics.jsonl"
     results = (output_dir / "adapter", output_dir / "model")
     return (
@@ -24,7 +24,7 @@ def nothing_to_lose(output_dir: Path) -> bool:
 
 
 def check_length(output_dir: str, total_steps: int) -> None:
-    """Refuse a run that is to end before the step at which it already is.
+    """Refuse a run whose last step comes before the step that it has already reached.
 
     Raises:
         ValueError: says how many updates are done.

@@ -1,12 +1,12 @@
-"""Checkpoints that come back bit for bit, or say why they cannot.
+"""Saves checkpoints and restores them bit for bit, or reports why it cannot.
 
 Orbax writes a step into a temporary directory and renames it when it is whole. A step has two items.
 `state` is every array of the train state under its dotted name. `manifest` describes them (`jaxft.training.manifest`).
-What does not match its manifest is damaged and never used: a run goes on from the newest intact step.
+A step that does not match its manifest is damaged and never used: a run resumes from the newest intact step.
 
 No host needs to hold an array whole: each process writes the parts on its devices, and reads those that the template
 puts there, so mesh and number of processes may change in between. All processes of a run make the same calls, and
-what one of them finds damaged is damaged for all.
+a step that one process finds damaged counts as damaged for all.
 
 One run owns the directory at a time (`jaxft.training.run_directory` sees to it): opening it removes
 what a killed process left half written or half deleted.
@@ -43,7 +43,7 @@ _LISTED = 5  # differences named in one message
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written or used; what is on disk is as it was."""
+    """A checkpoint cannot be written or used; the files on disk are unchanged."""
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -51,7 +51,7 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held."""
+    """The contents of a checkpoint."""
 
     step: int
     state: TrainState
@@ -59,7 +59,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run: the newest `keep`, and besides them the best.
+    """The checkpoints of a run: the newest `keep` and the best.
 
     >>> checkpoints = Checkpoints(directory, keep=2)  # doctest: +SKIP
     >>> checkpoints.save(10, state, {"data": iterator.get_state()})  # doctest: +SKIP
@@ -134,7 +134,7 @@ class Checkpoints:
         Args:
             step: greater than that of every checkpoint there.
             state: all finite.
-            progress: whatever else the run needs to go on, as JSON.
+            progress: everything else that the run needs to resume, as JSON.
             keep_as_best: keep this step, and no longer an earlier best one, whatever comes after it.
 
         Raises:
@@ -169,7 +169,7 @@ class Checkpoints:
         return state_digest(state)
 
     def saving(self) -> bool:
-        """Whether this process still writes. Once none does, `wait` takes no time, and tells of a failure soon."""
+        """Whether this process still writes. When none does, `wait` takes no time and reports a failure early."""
         return self._pending is not None and self._manager.is_saving_in_progress()
 
     def wait(self) -> None:
@@ -191,9 +191,9 @@ class Checkpoints:
         self._delete(set(there) - kept)
 
     def restore(self, template: TrainState, step: int | None = None) -> Restored:
-        """The newest intact checkpoint, or that of one step.
+        """The newest intact checkpoint, or the checkpoint of one step.
 
-        Without `step`, damaged checkpoints are passed over, with a warning that says which, why and what is
+        Without `step`, damaged checkpoints are skipped, with a warning that says which, why and what is
         used instead; the next save deletes them.
 
         Args:
@@ -224,7 +224,7 @@ class Checkpoints:
         raise CheckpointError(f"{self.directory}: no intact checkpoint to go on from:{found}")
 
     def restore_trained(self, like: Trained, step: int) -> Trained:
-        """The trained arrays of one step, and nothing else of it, so that they need no room for an optimizer.
+        """Only the trained arrays of one step, so that the optimizer needs no room.
 
         Raises:
             DamagedCheckpointError: the step is damaged.
@@ -253,7 +253,7 @@ class Checkpoints:
     def _intact(
         self, step: int, recorded: dict[str, dict[str, Any]], wanted: dict[str, jax.Array]
     ) -> dict[str, jax.Array]:
-        """The arrays wanted, after comparing them with what is recorded of them."""
+        """The wanted arrays, compared with their records in the manifest."""
         if differing := differences(recorded, wanted):
             listed = "".join(f"\n  {line}" for line in differing[:_LISTED])
             more = f"\n  and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""

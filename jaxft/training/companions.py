@@ -1,4 +1,4 @@
-"""What goes beside weights that leave: tokenizer, chat template and the tokens that end an answer.
+"""Prepares the files beside exported weights: tokenizer, chat template and the tokens that end an answer.
 
 An adapter or a model is asked as it was trained and stops where its examples ended, in programs that know nothing of
 the run. Those look for an end of text in the tokenizer and in generation settings, so both name the token that was
@@ -61,7 +61,7 @@ def stop_tokens(
 
 
 def dress(directory: Path, template: str | None, stops: Mapping[str, int], rows: int) -> None:
-    """Make a tokenizer's files, copied from a base, those of what was trained.
+    """Change a tokenizer's files, copied from a base model, to fit the trained model.
 
     Args:
         directory: holds the files; config.json as well where it is a model's.

@@ -1,4 +1,4 @@
-"""What a run says of itself before it begins."""
+"""Describes a run before it begins."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +58,7 @@ def describe_batch(inputs: Inputs) -> str:
 
 
 def describe_length(inputs: Inputs, begin: Start, updates_before: int) -> str:
-    """What another number of updates makes of the learning rate."""
+    """How a changed number of updates affects the learning rate."""
     done = begin.step - int(begin.state.skipped)
     before, now = (learning_rate_schedule(inputs.config, updates) for updates in (updates_before, inputs.total_steps))
     next_rate, otherwise = float(now(done)), float(before(done))

@@ -36,7 +36,7 @@ def learned_stops(inputs: Inputs, end_of_turn: Collection[int]) -> dict[str, int
 
 
 def describe_stops(stops: Mapping[str, int]) -> str:
-    """The line that tells them."""
+    """The line that names the stop tokens."""
     if not stops:
         return "no token is known to end a text: who generates must say where to stop"
     first, *others = (f"{token} ({index})" for token, index in stops.items())
@@ -45,7 +45,7 @@ def describe_stops(stops: Mapping[str, int]) -> str:
 
 
 def refusals(model: Decoder, inputs: Inputs) -> list[str]:
-    """Who will not take what this run leaves as it is; a line each. The model may be abstract."""
+    """A line for each program that will not load this run's result unchanged. The model may be abstract."""
     return [] if inputs.config.adapter == "none" else consumers(adapter_of(model, inputs.resolved.path))
 
 
@@ -77,7 +77,7 @@ def export(model: Decoder, inputs: Inputs, directory: RunDirectory, stops: Mappi
     target = directory.path / "model" if full else directory.adapter
     save = partial(save_model, dtype=inputs.recipe.storage) if full else save_adapter
     if not hosts.is_writer():
-        save(model, target)  # its part in it
+        save(model, target)  # takes part in the save
         hosts.barrier()
         return target
     with staged(target, replace=True) as stage:  # what is there is of a run that was killed after training

@@ -1,4 +1,4 @@
-"""The loss on held-out examples: when a run asks for it, what it is, and what follows from it."""
+"""Computes the loss on held-out examples, decides when a run evaluates, and records what follows from the loss."""
 
 import math
 from collections import deque
@@ -27,20 +27,20 @@ from jaxft.training.state import Partition, Trained
 from jaxft.training.step import make_eval_step, nothing
 
 AHEAD = 8
-"""Batches that are on their way to the devices while the host makes more."""
+"""Number of batches on their way to the devices while the host makes more."""
 
 
 class HeldOut:
-    """Examples and how they come to the devices.
+    """Held-out examples, and how they reach the devices.
 
-    Several stand in a row where that leaves the kernel of attention as it is: the loss is a sum over tokens that see
-    their own example only, so it is the same with fewer rows.
+    A row holds several examples if this does not change the attention kernel. Each token sees only its own example and
+    the loss is a sum over tokens, so packing does not change the loss.
 
     Args:
-        decoder, backend, dtype: of the model, they decide the kernel.
-        rows: of a batch, over all devices. Decides memory and speed, not the result.
-        max_length: tokens of the longest example, at most; the mesh's `context` divides it.
-        long_rows: rows of `max_length` tokens, as packed training has them; else as long as the longest example.
+        decoder, backend, dtype: properties of the model that decide the kernel.
+        rows: rows of a batch, over all devices. They affect memory and speed, not the result.
+        max_length: upper limit on the tokens of an example; a multiple of the mesh's `context`.
+        long_rows: rows have `max_length` tokens, as in packed training; otherwise they fit the longest example.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class HeldOut:
 
     @classmethod
     def of(cls, inputs: Inputs) -> Self:
-        """Those of a run."""
+        """The held-out examples of a run."""
         c = inputs.config
         backend, rows = Backend(c.attn_implementation, inputs.mesh), inputs.rows
         return cls(
@@ -78,7 +78,7 @@ class HeldOut:
         return self._mesh.shape["context"]
 
     def batches(self) -> Iterator[Batch]:
-        """Of this process, [rows here, T]."""
+        """The batches of this process, each [rows here, T]."""
         here = rows_here(self._mesh, self._rows)
         for batch in eval_batches(
             self._examples, batch_size=self._rows, row_length=self._length, packing=self.packed, rows=here
@@ -86,16 +86,16 @@ class HeldOut:
             yield Batch(*(field[0] for field in batch))
 
     def evaluator(self, partition: Partition, objective: Objective) -> Callable[[Trained, nnx.State], Tally]:
-        """Gives the objective's sums over all of the examples, as floats, for trained arrays and frozen ones."""
+        """A function from trained and frozen arrays to the objective's sums over all examples, as floats."""
         step, everywhere = make_eval_step(partition, objective, self.packed), NamedSharding(self._mesh, P())
 
         def evaluate(trained: Trained, frozen: nnx.State) -> Tally:
-            zeros = np.zeros(len(self._examples), np.float32)  # there are no more batches than examples
+            zeros = np.zeros(len(self._examples), np.float32)  # there are at most as many batches as examples
             tallies = jax.tree.map(lambda _: place(zeros, everywhere), nothing(objective))
             running = deque(maxlen=AHEAD)
             for number, batch in enumerate(self.batches()):
                 if len(running) == AHEAD:
-                    running[0].count.block_until_ready()  # so that no more batches lie on the devices
+                    running[0].count.block_until_ready()  # limits the batches that lie on the devices
                 tallies = step(trained, frozen, place_rows(batch, self._mesh, self._rows), tallies, number)
                 running.append(tallies)
             return jax.tree.map(lambda sums: float(on_host(sums).astype(np.float64).sum()), tallies)
@@ -104,7 +104,7 @@ class HeldOut:
 
 
 def is_evaluation(inputs: Inputs, step: int) -> bool:
-    """Every `eval_steps` updates, or at the end of every epoch, and after the last update."""
+    """Whether the run evaluates: every `eval_steps` updates or at the end of each epoch, and after the last update."""
     if step == inputs.total_steps:
         return True
     if inputs.config.eval_steps is not None:

@@ -1,4 +1,4 @@
-"""What a run needs to know before the first weight is read: mesh, tokenizer, data, order, number of steps."""
+"""Gathers what a run needs before it reads the first weight: mesh, tokenizer, data, order, number of steps."""
 
 import hashlib
 import logging
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What `gather` found."""
+    """The result of `gather`."""
 
     config: Config
     mesh: Mesh
@@ -67,7 +67,7 @@ class Inputs:
         """What must not change between a run and its resumption."""
         tokenizer = self.renderer.tokenizer
         specials = sorted(tokenizer.special_tokens_map.items())
-        # the load of experts is balanced within a micro-batch, so there its rows matter, too
+        # the load of experts is balanced within a micro-batch, so its number of rows matters too
         balanced = {"rows of a micro-batch": str(self.rows)} if self.config.router_aux_loss_coef else {}
         return {
             "data": self.schedule.fingerprint(),
@@ -82,7 +82,7 @@ class Inputs:
         }
 
     def load(self) -> Decoder:
-        """The base on the mesh, with the adapter that is to be trained."""
+        """The base model on the mesh, with the adapter to train."""
         c = self.config
         model = load_model(
             c.model_name_or_path,
@@ -103,7 +103,7 @@ class Inputs:
         return attach(model, self.recipe.lora, jax.random.key(c.seed))
 
     def describe(self) -> Decoder:
-        """What `load` gives, without memory; of the base, no more is read than identifies it.
+        """The model that `load` gives, without memory for arrays. Reads only what identifies the base model.
 
         Raises:
             ValueError: the adapter's targets match nothing, or the adapter to go on from does not fit.
@@ -119,13 +119,13 @@ def gather(config: Config) -> Inputs:
     """Find the model, read and tokenize the data, and fix the order of the batches.
 
     Raises:
-        ValueError: whatever is wrong with the model's directory, the data or the mesh.
+        ValueError: the model's directory, the data or the mesh has a fault.
     """
     mesh = make_mesh(config.mesh.model_dump())
     resolved = resolve_model(config.model_name_or_path, config.model_revision)
     decoder, weights = open_model(resolved.path)
     Recipe(config, decoder).check(mesh)
-    Recipe(config, decoder).attention(mesh)  # complains about a kernel that cannot be had
+    Recipe(config, decoder).attention(mesh)  # raises if the kernel is not available
     renderer = Renderer(load_tokenizer(companions_of(resolved.path)), config.chat_template)
     data = prepare(
         config.datasets,
@@ -163,7 +163,7 @@ def gather(config: Config) -> Inputs:
 
 
 def _tell_of_steps(config: Config, total_steps: int) -> None:
-    """Warn of numbers of updates that this run does not reach."""
+    """Warn about settings that count more updates than this run has."""
     if config.warmup_steps >= total_steps:
         logger.warning(
             "the peak learning rate is never reached: warmup_steps is %d, and the run has %d steps",
@@ -186,7 +186,7 @@ def _tell_of_steps(config: Config, total_steps: int) -> None:
 
 
 def _check_lengths(data: Prepared, rope: Rope) -> None:
-    """Positions start again with every example of a packed row, so examples are what must fit."""
+    """Check that each example fits the model's positions. In a packed row positions restart with each example."""
     longest = max(int(examples.lengths.max(initial=0)) for examples in (*data.train, data.eval))
     if longest > rope.max_positions and rope.type != "dynamic":
         raise ValueError(

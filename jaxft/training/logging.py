@@ -1,14 +1,14 @@
-"""What a run says while it trains: a metrics file, the trackers a user asked for, and a progress bar.
+"""Reports on a run while it trains: a metrics file, the trackers that the user chose, and a progress bar.
 
-`metrics.jsonl` is the record of a run: one JSON object per line, on disk before the update after next begins.
-Trackers get the same records and are never needed to read them. Nothing is filtered: a loss that is not
-finite is written as the string "NaN", "Infinity" or "-Infinity", which every strict JSON reader accepts and
-which `float()` (and JavaScript's `Number()`) turns back into the number.
+`metrics.jsonl` holds the records of a run: one JSON object per line, on disk before the update after next begins.
+Trackers get the same records; nobody needs a tracker to read them. No record is left out: a loss that is not finite is
+written as the string "NaN", "Infinity" or "-Infinity", which every strict JSON reader accepts and which `float()` (and
+JavaScript's `Number()`) turns back into the number.
 
 A record is a flat dict with the key `step` (updates done). The keys of a training record: `epoch`, `loss`,
 `grad_norm`, `learning_rate`, `tokens` and `skipped_updates` (both since the run began), `tokens_per_second`
-(since the record before), and what else the objective measures, under its names. An evaluation record has `eval_loss`
-and other keys that begin with `eval_`.
+(since the record before), and the objective's other metrics under their own names. An evaluation record has
+`eval_loss` and other keys that begin with `eval_`.
 """
 
 import importlib
@@ -37,16 +37,16 @@ Record = dict[str, Scalar]
 
 @dataclass(frozen=True)
 class Sink:
-    """Somewhere records go besides the file."""
+    """A receiver of records besides the file."""
 
     log: Callable[[Record], None]
     close: Callable[[], None]
 
 
 class MetricsLog:
-    """Appends records to a file and passes them to the sinks; closes both when it is left.
+    """Appends records to a file and passes them to the sinks; closes both on leaving the `with` block.
 
-    A line that a killed process left unfinished is cut off when the file is opened again.
+    Opening the file again removes a line that a killed process left unfinished.
 
     Args:
       path: None for a process that is not the writer: its records go nowhere.
@@ -71,7 +71,7 @@ class MetricsLog:
         self._closing.close()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Write one record. Numbers may be those of Python, NumPy or JAX; a JAX array is waited for.
+        """Write one record. Numbers may come from Python, NumPy or JAX; the call waits for a JAX array.
 
         Raises:
           ValueError: no integer `step`, or a value that is neither a single number nor a string.
@@ -89,7 +89,7 @@ class MetricsLog:
             sink.log(plain)
 
     def _close_file(self) -> None:
-        with self._writing():  # what could not be written is tried once more
+        with self._writing():  # closing tries again to write what is still buffered
             self._file.close()
 
     def _writing(self) -> AbstractContextManager[None]:
@@ -134,7 +134,7 @@ def open_sinks(
     go on with the same run when `output_dir` is resumed, by an id kept there in the file `tracking_id`.
 
     Args:
-      config: shown beside the metrics as it is; the caller answers for its holding no secret.
+      config: shown beside the metrics, unchanged; the caller makes sure that it holds no secret.
 
     Raises:
       ValueError: an unknown name, or a package that is not installed.
@@ -145,7 +145,7 @@ def open_sinks(
 
 
 class Progress:
-    """Where a run stands: a bar on a terminal, plain lines elsewhere.
+    """Shows how far a run is: a bar on a terminal, plain lines elsewhere.
 
     Args:
       total_steps: updates in the whole run.
@@ -174,7 +174,7 @@ class Progress:
         self._bar.stop()
 
     def update(self, step: int, record: Mapping[str, Any] | None = None) -> None:
-        """`step` updates are done. Shows the numbers of a training record, in the bar or as a line."""
+        """Note that `step` updates are done. Shows the numbers of a training record in the bar or as a line."""
         eta = self._time_left(step)
         self._bar.update(self._task, completed=step, eta=eta)
         if record is None:
@@ -214,7 +214,7 @@ _NOT_SHOWN = {"step", "epoch", "tokens"}
 
 
 def _summary(record: Mapping[str, Any], keys: Iterable[str]) -> str:
-    """Numbers of a record in words; one that has no words of its own stands under its name."""
+    """The numbers of a record as text; a number without its own format appears under its name."""
     texts = (
         _SHOWN[key](record[key]) if key in _SHOWN else f"{key} {record[key]:#.4g}"
         for key in keys

@@ -25,11 +25,11 @@ from jaxft.training.step import initial_state, make_train_step
 from jaxft.training.stopping import StopSignal
 
 SAVE_SECONDS = 600
-"""A run that does not say how often it saves never loses more than this."""
+"""Seconds: the most that a run loses if its config does not set how often to save."""
 
 WAITED_FOR, AHEAD = 0.5, 8
-"""Where the devices take more seconds for an update, each is waited for, so that a signal stops the run at the next.
-Shorter ones are started one ahead of what is read, and after so many of them the run looks whether it is to stop."""
+"""If an update takes more than WAITED_FOR seconds, the run waits for each one, so that a signal stops it at the next.
+Shorter updates start one ahead of the update that is read; after AHEAD of them the run checks whether to stop."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Preempted(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training ended with. `model` has the weights of the best evaluation, or the last ones; `state_sha256` is the
+    """The outcome of training. `model` has the weights of the best evaluation, or the last ones; `state_sha256` is the
     digest of the last state, and `skipped` its count of updates that were not finite."""
 
     model: Decoder
@@ -61,7 +61,7 @@ class Outcome:
 
 @dataclass
 class Start:
-    """Where a run begins, or goes on. `fit` uses up the state."""
+    """The point at which a run begins or resumes. `fit` uses up the state."""
 
     partition: Partition
     frozen: nnx.State
@@ -76,9 +76,9 @@ class Start:
 
 
 def start(inputs: Inputs, model: Decoder, checkpoints: Checkpoints, resume: bool) -> Start:
-    """The state before the first update, or that of the newest intact checkpoint.
+    """The state before the first update, or the state in the newest intact checkpoint.
 
-    The trained arrays of `model` are given up to the run.
+    The run takes over the trained arrays of `model`.
     """
     partition = Partition(model, inputs.recipe.trained_type)
     trained, frozen = partition.split(model)
@@ -147,7 +147,7 @@ def fit(inputs: Inputs, begin: Start, checkpoints: Checkpoints, log: MetricsLog,
             flags = (stop.requested, overdue, slow, checkpoints.saving())
             stopping, overdue, slow, saving = any_process(flags, inputs.mesh)
             if not saving:
-                checkpoints.wait()  # so that a full disk is told now, not at the next save
+                checkpoints.wait()  # report a full disk now, not at the next save
             ahead = 1 if slow else AHEAD
             if improved or finished or stopping or overdue or saves:
                 saved = time.monotonic()

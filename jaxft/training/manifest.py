@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, so that damage is noticed: its manifest.
+"""Writes and checks the manifest of a checkpoint, which makes damage visible.
 
 A manifest is the dtype, shape and digest (`jaxft.training.digest`) of each array of a train state under its dotted
 name, the step and the progress of the run, and a SHA-256 of all this. The same description, of a state's result alone,
@@ -41,7 +41,7 @@ def named(state: TrainState) -> dict[str, jax.Array]:
 
 
 def describe(arrays: dict[str, jax.Array], found: dict[str, Digest]) -> dict[str, dict[str, Any]]:
-    """What a manifest says of arrays, by name."""
+    """The entries of a manifest for these arrays, by name."""
     return {
         name: {"dtype": str(array.dtype), "shape": list(array.shape), "digest": found[name].sums}
         for name, array in arrays.items()
@@ -66,7 +66,7 @@ def sealed(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_sealed(value: dict[str, Any]) -> bool:
-    """Whether it is as `sealed` gave it."""
+    """Whether `value` is unchanged since `sealed` made it."""
     return value.get("sha256") == _sha256_of_json({key: part for key, part in value.items() if key != "sha256"})
 
 

@@ -1,7 +1,7 @@
-"""How Orbax is asked for the arrays of a step, and kept from shouting.
+"""Reads the arrays of a step with Orbax and shortens its errors.
 
-What goes wrong in Orbax and TensorStore comes as any exception, with the whole description of a store in its
-message, and again as pages of tracebacks in the log. A checkpoint needs one line of it.
+A failure in Orbax or TensorStore raises any exception, with the whole description of a store in its message, and fills
+the log with pages of tracebacks. A checkpoint needs one line of it.
 """
 
 import errno
@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 _FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
-"""The system's words where there is no room. TensorStore says them in the middle of its own."""
+"""The system's messages for a full disk. TensorStore puts them in the middle of its own message."""
 
 
 def read(directory: Path, wanted: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], str | None]:
@@ -46,7 +46,7 @@ def _restore_args(like: jax.Array) -> ocp.RestoreArgs:
 
 
 def reason(error: Exception) -> str:
-    """What a library's error says, without TensorStore's description of itself."""
+    """The message of a library's error, without TensorStore's description of itself."""
     if full := next((word for word in _FULL if word in str(error)), None):
         return f"{full}; make room there"
     return (str(error).partition(" [tensorstore_spec")[0].splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""What a config says of the model it trains: how the base is stored, and what is trained of it."""
+"""Derives from a config how to store the base model and what to train."""
 
 from dataclasses import dataclass
 
@@ -23,18 +23,18 @@ from jaxft.quantization.formats import parse_format
 from jaxft.quantization.qtensor import Format
 
 OBJECTIVES: dict[str, Objective] = {"nll": Sft(), "dft": Dft()}
-"""By `loss_type`."""
+"""`loss_type` -> objective."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A config and the decoder it is about."""
+    """A config and the decoder that it trains."""
 
     config: Config
     decoder: DecoderConfig
 
     def check(self, mesh: Mesh) -> None:
-        """Raise ValueError where the config asks of model or rows what they have not, or what this mesh cannot do."""
+        """Raise ValueError if the config does not fit the model, the length of rows, or this mesh."""
         check_mesh(self.decoder, mesh)
         length, parts = self.config.max_length, mesh.shape["context"]
         if length % parts:
@@ -70,7 +70,7 @@ class Recipe:
 
     @property
     def storage(self) -> str:
-        """dtype of stored weights: float32 where they are trained, whatever they are computed in."""
+        """dtype of stored weights: float32 if they are trained, whatever the dtype of computation."""
         return "float32" if self.config.adapter == "none" else self.config.dtype
 
     @property
@@ -92,7 +92,7 @@ class Recipe:
         """Which kernel computes attention, and why.
 
         Raises:
-            ValueError: the one of the config cannot do what the model, the data or the devices ask for.
+            ValueError: the kernel that the config names does not support the model, the data or the devices.
         """
         c = self.config
         chosen = choice(self.decoder, Backend(c.attn_implementation, mesh), jnp.dtype(c.dtype), c.packing)
@@ -104,16 +104,16 @@ class Recipe:
         return chosen
 
     def configure(self, model: Decoder) -> None:
-        """Tell the model what the config says of how it computes."""
+        """Set the config's choices of computation on the model."""
         c = self.config
         model.dtype, model.remat, model.offload = jnp.dtype(c.dtype), self.remat, "activations" in c.offload
         model.scan_layers, model.attn_implementation = c.scan_layers, c.attn_implementation
 
     def describe(self, source: Source | None = None) -> Decoder:
-        """The model with what is trained of it, without memory.
+        """The model with its adapter, if any, without memory for arrays.
 
         Args:
-            source: where the base comes from, for the adapter to go on from; it is not checked without one.
+            source: where the base comes from, to check the adapter to go on from; without it there is no check.
 
         Raises:
             ValueError: the adapter's targets match nothing, or the adapter to go on from does not fit.
@@ -125,7 +125,7 @@ class Recipe:
         if c.adapter_name_or_path is None:
             adapted = jax.eval_shape(lambda base: attach(base, self.lora, jax.random.key(0)), model)
         else:
-            from jaxft.hub.peft import load_adapter  # with the libraries of the hub, which nothing else here takes
+            from jaxft.hub.peft import load_adapter  # imports the libraries of the hub, which nothing else here needs
 
             model.source = source
             adapted = jax.eval_shape(lambda base: load_adapter(base, c.adapter_name_or_path), model)

@@ -1,4 +1,4 @@
-"""The result of a finished run, proven to be what the run wrote, and the base that it belongs to."""
+"""Opens the result of a finished run, checks that it is unchanged, and finds its base model."""
 
 import hashlib
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _NEEDED = {
     *("fingerprints", "versions", "data", "chat_template", "stop_tokens", "base"),
     *("result_sha256", "config_sha256", "sha256"),
 }
-"""Keys of `run.json` without which nothing is exported."""
+"""Keys of `run.json` that an export needs."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Run:
 
     @property
     def full(self) -> bool:
-        """Every weight was trained; the result is a model, not an adapter."""
+        """Whether every weight was trained, so that the result is a model and not an adapter."""
         return self.config.adapter == "none"
 
 
@@ -40,7 +40,7 @@ def open_result(directory: Path) -> Run:
     """A run whose result is complete and undamaged.
 
     Raises:
-        ValueError: no run, one that has not finished, or files that are not as it wrote them.
+        ValueError: there is no run, it has not finished, or its files have changed.
     """
     for name in ("run.json", "config.yaml"):
         if not (directory / name).is_file():
@@ -66,13 +66,13 @@ def open_result(directory: Path) -> Run:
 
 
 def find_base(run: Run, given: str | None = None) -> Source:
-    """The base that the adapter was trained on, as it is on disk, at the same commit.
+    """Find on disk, at the same commit, the base model that the adapter was trained on.
 
     Args:
-        given: where it is now, if not where it was.
+        given: where the base is now, if it was moved.
 
     Raises:
-        ValueError: it is not there, or there are other weights in its place.
+        ValueError: the base is not there, or its weights or config differ.
     """
     base = run.record["base"]
     resolved = resolve_model(given) if given is not None else _where_it_was(run)
@@ -103,7 +103,7 @@ def _where_it_was(run: Run) -> ResolvedModel:
 
 
 def _check_record(directory: Path, record: dict[str, Any]) -> None:
-    """Refuse a `run.json` or `config.yaml` that is not as the run wrote it when it finished."""
+    """Refuse a `run.json` or `config.yaml` that has changed since the run finished."""
     if lacking := _NEEDED - record.keys():
         raise ValueError(
             f"{directory / 'run.json'} lacks {', '.join(sorted(lacking))}: damaged, or of another version of jaxft"

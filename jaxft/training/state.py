@@ -1,8 +1,8 @@
-"""What training changes, apart from what it leaves alone.
+"""Separates the arrays that training changes from the frozen rest.
 
-A model is taken apart by Variable type: `Adapter` to train adapters, `nnx.Param` to train everything. The
+The Variable type divides a model: `Adapter` to train adapters, `nnx.Param` to train everything. The
 trained part is a flat dict of arrays, so gradients, optimizer state and checkpoints are dicts with the same
-keys; the frozen part only travels along.
+keys; the frozen part is passed along unchanged.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ Trained = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Everything that a step replaces. `skipped` counts non-finite updates: in all, and in a row."""
+    """Everything that a step replaces. The `skipped` counters count non-finite updates: in the run and in a row."""
 
     step: jax.Array  # int32, updates tried
     trained: Trained
@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
 
 
 class Partition:
-    """How a model comes apart into trained arrays and a frozen rest, and together again. Holds no arrays."""
+    """Splits a model into trained arrays and a frozen rest, and joins them again. Holds no arrays."""
 
     def __init__(self, model: nnx.Module, trained_type: type[nnx.Variable]):
         self.trained_type = trained_type

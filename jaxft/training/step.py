@@ -26,14 +26,14 @@ from jaxft.training.state import Partition, Trained, TrainState
 
 
 class Metrics(NamedTuple):
-    """What an update reports.
+    """The metrics of one update.
 
     Attributes:
-        loss: the objective's mean over `count` of what it counts, before the update.
-        grad_norm: of its gradient.
-        tokens: in the rows, padding not counted.
-        skipped, skipped_in_a_row: updates that were not finite, in the run and up to this one.
-        measured: the objective's other sums, each over its own count.
+        loss: the objective's mean over the `count` items that it counts, before the update.
+        grad_norm: norm of the gradient of `loss`.
+        tokens: tokens in the rows, without padding.
+        skipped, skipped_in_a_row: updates that were not finite: in the whole run, and in a row up to this one.
+        measured: the objective's other sums, each with its own count.
     """
 
     loss: jax.Array
@@ -54,10 +54,10 @@ def tally(
     router_aux_loss_coef: float = 0.0,
     packed: bool = True,
 ) -> Tally:
-    """What the objective makes of a batch [B, T].
+    """The objective's sums over a batch [B, T].
 
-    With a coefficient, the load-balancing loss of the batch counts as much as everything that the objective counted.
-    `packed` is that of `Decoder.hidden_and_balance`.
+    With `router_aux_loss_coef`, the batch's load-balancing loss is added, weighted by the objective's count.
+    `packed` goes to `Decoder.hidden_and_balance`.
     """
     hidden, balances = model.hidden_and_balance(batch.tokens, batch.positions, batch.segment_ids, key, packed)
     targets, wanted = next_token_targets(batch.tokens, batch.loss_mask, batch.segment_ids)
@@ -69,7 +69,7 @@ def tally(
 
 
 def nothing(objective: Objective) -> Tally:
-    """The tally of no batch."""
+    """A tally of zeros."""
     zero = jnp.float32(0)
     return Tally(zero, zero, dict.fromkeys(objective.metrics, (zero, zero)))
 
@@ -83,10 +83,10 @@ def make_train_step(
     router_aux_loss_coef: float = 0.0,
     packed: bool = True,
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]:
-    """The jitted update; it takes over the buffers of the state given, and returns one placed like `state`.
+    """The jitted update. It takes over the buffers of its state argument and returns a state placed like `state`.
 
-    The gradient is that of the objective's mean over all micro-batches and devices. An update whose loss or gradient
-    is not finite leaves parameters and optimizer as they were and is counted.
+    The gradient is the gradient of the objective's mean over all micro-batches and devices. An update whose loss or
+    gradient is not finite is counted and leaves parameters and optimizer unchanged.
     `packed`: rows may hold several examples (`Decoder.hidden_and_balance`).
     """
 
@@ -145,7 +145,7 @@ def initial_state(
     """The state before the first update; it takes over the trained arrays.
 
     Args:
-        offload: between updates the optimizer's state is in the memory of the host.
+        offload: keep the optimizer's state in host memory between updates.
     """
     counters = [jnp.zeros((), jnp.int32) for _ in range(3)]
     state = TrainState(counters[0], trained, optimizer.init(trained), counters[1], counters[2])
@@ -164,9 +164,9 @@ def initial_state(
 def make_eval_step(
     partition: Partition, objective: Objective, packed: bool = True
 ) -> Callable[[Trained, nnx.State, Batch, Tally, int], Tally]:
-    """Jitted: puts the tally of a batch [B, T] in place `number` of tallies whose arrays are [batches].
+    """The jitted step that writes the tally of a batch [B, T] at index `number` of tallies whose arrays are [batches].
 
-    Each call waits for the one before it on the devices and not on the host, which reads the sums once. `packed` as in
+    A call waits on the devices, not on the host, for the call before it; the host reads the sums once. `packed` as in
     `make_train_step`.
     """
 

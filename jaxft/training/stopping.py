@@ -1,12 +1,13 @@
-"""The signals that ask a run to stop, and what they do.
+"""Handles the signals that ask a run to stop.
 
-Schedulers, terminals and people send different ones: SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is gone), SIGUSR1
-and SIGUSR2 (`sbatch --signal=USR1@90`, Grid Engine), SIGXCPU (a limit of time). All of them mean the same. While a run
-trains they are a request, `StopSignal`: it saves and ends. Before and after there is nothing to save: the process
-leaves, with a word and an exit code. One that the process was started to ignore, as nohup does with SIGHUP, stays so;
-not SIGTERM and SIGINT, which shells make a job in the background ignore, and people send it all the same.
+Schedulers, terminals and people send different signals: SIGTERM, SIGINT (Ctrl-C), SIGHUP (terminal gone), SIGUSR1
+and SIGUSR2 (`sbatch --signal=USR1@90`, Grid Engine), SIGXCPU (a time limit). All of them mean the same. While a run
+trains, a signal is a request (`StopSignal`): the run saves and ends. Before and after training there is nothing to
+save: the process exits with a message and an exit code. A signal that the process was started to ignore stays ignored,
+as nohup does with SIGHUP. SIGTERM and SIGINT are never ignored: shells make background jobs ignore them, and people
+send them all the same.
 
-Nothing but the standard library is imported here, so that this can be in place before everything else is imported.
+This module imports only the standard library, so that the handlers can be in place before all other imports.
 """
 
 import os
@@ -29,7 +30,7 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 class Left(SystemExit):
-    """A signal asked the process to leave. `word` is for the user, `code` the exit code."""
+    """A signal asked the process to leave. `word` is the message for the user, `code` the exit code."""
 
     def __init__(self, word: str, code: int):
         super().__init__(code)
@@ -37,11 +38,11 @@ class Left(SystemExit):
 
 
 class StopSignal(AbstractContextManager):
-    """Turns signals into a request to stop. A second Ctrl-C acts as usual: somebody is in a hurry, and is not told that
-    all is saved.
+    """Turns signals into a request to stop. A second Ctrl-C acts as it did before, because the user is in a
+    hurry; its message does not say that everything is saved.
 
-    The others may come again while the run saves: a scheduler warns before it asks. Of several processes each has its
-    own; one request stops all.
+    The other signals may come again while the run saves: a scheduler warns before it stops a job. Each process has its
+    own `StopSignal`; a request in one process stops all.
     """
 
     def __init__(self):
@@ -62,7 +63,7 @@ class StopSignal(AbstractContextManager):
 
 
 def _hurried(before: Any) -> Any:
-    """A handler that acts as the one before, but does not say that all is saved."""
+    """A handler that acts as `before` does, but does not say that everything is saved."""
 
     def hurry(number: int, frame: FrameType | None) -> None:
         try:
@@ -75,13 +76,13 @@ def _hurried(before: Any) -> Any:
 
 @contextmanager
 def leaving(when: str = "", code: int | None = None) -> Iterator[None]:
-    """Inside, a signal raises `Left`; a second one ends the process at once.
+    """Inside the block, a signal raises `Left`; a second signal ends the process at once.
 
-    What is swallowed on its way, as in a callback of the garbage collector, ends the process, too.
+    If Python swallows `Left`, as in a callback of the garbage collector, the process ends too.
 
     Args:
-        when: added to the word, as in " after training".
-        code: exit code; None: 128 and the number of the signal, as shells have it.
+        when: text added to the message, for example " after training".
+        code: exit code; None means 128 plus the number of the signal, as in shells.
     """
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -98,13 +99,13 @@ def leaving(when: str = "", code: int | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        if sys.unraisablehook is unraisable:  # else another was put over it meanwhile, which is to stay
+        if sys.unraisablehook is unraisable:  # otherwise a newer hook replaced it and stays
             sys.unraisablehook = hook
         _restore(previous)
 
 
 def leave_at_once() -> None:
-    """From now on a signal ends the process where it is: for imports, which swallow exceptions and leave nothing."""
+    """From now on a signal ends the process at once. For imports: they swallow exceptions and have nothing to save."""
     _handle(_leave_at_once)
 
 
@@ -113,9 +114,9 @@ def _leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _end(word: str, code: int) -> NoReturn:
-    with suppress(RuntimeError, OSError, ValueError):  # the signal may have come while this was being written to
+    with suppress(RuntimeError, OSError, ValueError):  # the signal may have interrupted a write to stdout
         sys.stdout.flush()
-    with suppress(OSError):  # nobody may be there to read it
+    with suppress(OSError):  # stderr may be closed
         os.write(2, f"{word}\n".encode())
     os._exit(code)
 
@@ -125,7 +126,7 @@ def _word(number: int) -> str:
 
 
 def _handle(handler: Handler) -> dict[int, Any]:
-    """Handlers as they were; nothing is changed outside the main thread, where Python allows none."""
+    """Set the handlers and return the previous ones. Does nothing outside the main thread: Python forbids it there."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     heeded = (n for n in STOPPING if n in _NEVER_IGNORED or signal.getsignal(n) is not signal.SIG_IGN)
@@ -134,4 +135,4 @@ def _handle(handler: Handler) -> dict[int, Any]:
 
 def _restore(previous: dict[int, Any]) -> None:
     for number, handler in previous.items():
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not Python's
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set outside Python
