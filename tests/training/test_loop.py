@@ -404,6 +404,21 @@ def test_a_lost_best_step_leaves_the_last_one_to_export(settings, monkeypatch, c
     assert "the best step is lost, so the last one, 4, is exported" in caplog.text
 
 
+def test_what_an_objective_measures_stands_in_the_log_and_the_report(settings):
+    """The plain loss beside that of dynamic fine-tuning; held-out examples are judged by the plain one."""
+    by_type = {
+        name: train(settings(loss_type=name, max_steps=2, logging_steps=1, micro_batch_size=4).model_dump())
+        for name in ("nll", "dft")
+    }
+    plain, weighted = (by_type[name].output_dir for name in ("nll", "dft"))
+    assert losses(weighted, "nll")[1] == pytest.approx(losses(plain, "loss")[1], rel=1e-6)
+    assert losses(weighted, "loss")[1] < losses(weighted, "nll")[1]
+    assert losses(weighted, "eval_loss")[0] == losses(plain, "eval_loss")[0]
+    assert losses(plain, "nll") == {}
+    titles = ["<h3>nll</h3>" in (directory / "report.html").read_text() for directory in (plain, weighted)]
+    assert titles == [False, True]
+
+
 def test_max_steps_win_over_epochs_and_the_last_weights_may_be_exported(settings):
     config = settings(
         max_steps=5,
