@@ -218,7 +218,7 @@ class Config(_Section):
     # Optimization
     loss_type: Literal["nll", "dft"] = Field(
         "nll",
-        description="Of a token to learn: its negative log-probability, or that weighted by the probability (dft).",
+        description="Loss per learned token: nll, its negative log-probability, or dft, nll times the probability.",
     )
     micro_batch_size: PositiveInt = Field(1, description="Rows per data-parallel group per micro-batch.")
     gradient_accumulation_steps: PositiveInt = Field(1, description="Micro-batches per update.")
