@@ -55,6 +55,8 @@ TRANSLATED = [
     ("bf16", "auto", {"dtype": "bfloat16"}),
     ("bf16", False, {"dtype": "float32"}),
     ("bf16", None, {"dtype": "bfloat16"}),
+    ("use_dft_loss", True, {"loss_type": "dft"}),
+    ("use_dft_loss", False, {"loss_type": "nll"}),
     ("pure_bf16", True, {"dtype": "bfloat16"}),
     ("pure_bf16", False, {"dtype": "bfloat16"}),
     ("train_on_prompt", True, {"assistant_only_loss": False}),
