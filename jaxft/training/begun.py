@@ -1,9 +1,14 @@
 """Decides whether a run may begin in its output directory. Reads what an earlier attempt left and changes nothing."""
 
+import os
 from pathlib import Path
 
 from jaxft.config import Config
 from jaxft.training.logging import read_metrics
+
+
+class RunDirectoryError(ValueError):
+    """The output directory cannot be used as asked; nothing in it was changed."""
 
 
 def is_begun(config: Config) -> bool:
@@ -36,4 +41,24 @@ def check_length(output_dir: str, total_steps: int) -> None:
         raise ValueError(
             f"output_dir {output_dir}: {done} updates are done there, and the run is to have {total_steps} now; "
             f"set max_steps to {done} or more, or num_train_epochs to as much"
+        )
+
+
+def refuse_place(path: Path) -> None:
+    """Whatever of it exists must be directories, the innermost of them writable."""
+    for part in (path, *path.parents):
+        if part.is_symlink() and not part.exists():
+            raise RunDirectoryError(
+                f"output_dir {path}: {part} is a link to {os.readlink(part)}, which does not exist; "
+                "make that directory, or choose another output_dir"
+            )
+        if part.exists():
+            break
+    if part == path and not path.is_dir():
+        raise RunDirectoryError(f"output_dir {path} is a file, not a directory; choose another output_dir")
+    if not part.is_dir():
+        raise RunDirectoryError(f"output_dir {path} cannot be written: {part} is a file; choose another output_dir")
+    if not os.access(part, os.W_OK | os.X_OK):
+        raise RunDirectoryError(
+            f"output_dir {path} cannot be written: no permission to write in {part}; choose another output_dir"
         )

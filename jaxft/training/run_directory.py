@@ -21,6 +21,7 @@ from typing import Any, Self
 from jaxft.hub.stage import clear_stale
 from jaxft.limits import write_error
 from jaxft.sharding import hosts
+from jaxft.training.begun import RunDirectoryError, refuse_place
 from jaxft.training.manifest import sealed
 from jaxft.training.same_run import compare, environment
 
@@ -38,10 +39,6 @@ _RECORDED = {
 _RECORDED_LATER = {"updates": int}
 _LOCK = ".lock"
 _LISTED = 5  # names in one message
-
-
-class RunDirectoryError(ValueError):
-    """The output directory cannot be used as asked; nothing in it was changed."""
 
 
 class RunDirectory:
@@ -128,7 +125,7 @@ def check_vacant(output_dir: str | Path, resume: bool) -> None:
         RunDirectoryError: it holds something that is not to be resumed, is in use, no directory, or not writable.
     """
     path = Path(output_dir)
-    _refuse_place(path)
+    refuse_place(path)
     if not path.exists():
         return
     _refuse_contents(path, resume)
@@ -182,7 +179,7 @@ def open_run(output_dir: str | Path, resume: bool, config_yaml: str, fingerprint
 
 
 def _open(path: Path, resume: bool, config_yaml: str, fingerprints: dict[str, str]) -> RunDirectory:
-    _refuse_place(path)
+    refuse_place(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         there = _contents(path)
@@ -239,26 +236,6 @@ def _refuse_to_start_over(run: RunDirectory) -> None:
         raise RunDirectoryError(
             f"{run.path}: the run in it has finished, and there is no checkpoint to resume from; "
             "choose another output_dir"
-        )
-
-
-def _refuse_place(path: Path) -> None:
-    """Whatever of it exists must be directories, the innermost of them writable."""
-    for part in (path, *path.parents):
-        if part.is_symlink() and not part.exists():
-            raise RunDirectoryError(
-                f"output_dir {path}: {part} is a link to {os.readlink(part)}, which does not exist; "
-                "make that directory, or choose another output_dir"
-            )
-        if part.exists():
-            break
-    if part == path and not path.is_dir():
-        raise RunDirectoryError(f"output_dir {path} is a file, not a directory; choose another output_dir")
-    if not part.is_dir():
-        raise RunDirectoryError(f"output_dir {path} cannot be written: {part} is a file; choose another output_dir")
-    if not os.access(part, os.W_OK | os.X_OK):
-        raise RunDirectoryError(
-            f"output_dir {path} cannot be written: no permission to write in {part}; choose another output_dir"
         )
 
 

@@ -17,8 +17,9 @@ import pytest
 from jaxft.config import Config
 from jaxft.hub.stage import staged
 from jaxft.training import run_directory
+from jaxft.training.begun import RunDirectoryError
 from jaxft.training.manifest import is_sealed
-from jaxft.training.run_directory import RunDirectoryError, check_same, check_vacant, open_run
+from jaxft.training.run_directory import check_same, check_vacant, open_run
 from jaxft.training.same_run import FREE_KEYS, LENGTH_KEYS, ROUNDING_KEYS
 
 FINGERPRINTS = {"data": "d" * 64, "tokenizer": "t" * 64, "base": "b" * 64, "template": "c" * 64}
